@@ -11,7 +11,6 @@ raster order. Registering one is a decorator and nothing else:
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -23,11 +22,13 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from grafting.errors import UserError, nearest
+
 Kind = Literal["mixer", "mlp", "pair"]
 Grid = tuple[int, int]
 
 
-class OperatorError(ValueError):
+class OperatorError(UserError):
     """An operator was named, configured or loaded wrongly; the message is one line for the user."""
 
 
@@ -172,9 +173,7 @@ def get(name: str) -> type[Operator]:
     """The operator class of a name. Raises OperatorError naming the nearest known name."""
     load_plugins()
     if name not in _registry:
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names())}"
-        raise OperatorError(f"unknown operator {name!r}; {hint}")
+        raise OperatorError(f"unknown operator {name!r}; {nearest(name, names())}")
     return _registry[name]
 
 
@@ -187,9 +186,7 @@ def parse_config(name: str, config: Mapping[str, Any]) -> OperatorConfig:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = sorted(cls.Config.model_fields)
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+            hint = nearest(key, cls.Config.model_fields)
             raise OperatorError(f"operator {name!r} has no config key {key!r}; {hint}") from None
         raise OperatorError(f"operator {name!r}, config key {key!r}: {first['msg']}") from None
 
