@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pydantic import Field
 from torch import Tensor, nn
 
+from grafting.kernels.window_attention import window_attention
 from grafting.operators.registry import Grid, Operator, OperatorConfig, OperatorError, load_strictly, register
 
 
@@ -25,7 +25,9 @@ class Attention(Operator):
     def __init__(self, dim: int, num_heads: int, config: OperatorConfig) -> None:
         super().__init__(dim, num_heads, config)
         if dim % num_heads:
-            raise OperatorError(f"operator {self.name!r}: dim {dim} is not divisible by num_heads {num_heads}")
+            raise OperatorError(
+                f"operator {self.name!r}: dim {dim} is not divisible by num_heads {num_heads}"
+            )
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         for layer in (self.qkv, self.proj):
@@ -36,7 +38,9 @@ class Attention(Operator):
     def from_host(cls, config: OperatorConfig, old_module: nn.Module) -> Attention:
         """Start with the projections of any attention of the same layout."""
         if not isinstance(old_module, Attention):
-            raise OperatorError(f"operator {cls.name!r} starts from attention, not {type(old_module).__name__}")
+            raise OperatorError(
+                f"operator {cls.name!r} starts from attention, not {type(old_module).__name__}"
+            )
         new = cls(old_module.dim, old_module.num_heads, config)
         new.load_state_dict(old_module.state_dict())
         return new
@@ -59,8 +63,7 @@ class SlidingWindow(Attention):
 
     The window is truncated at both ends of the sequence and ignores the rows of the grid, as the grafting
     paper's sliding-window operator (flash-attn's `window_size=(w, w)`) does. From the host's weights it is
-    exact at start when the window covers all tokens. This PyTorch path gathers each token's neighbourhood:
-    time and memory grow with N × (2·window + 1).
+    exact at start when the window covers all tokens.
     """
 
     class Config(OperatorConfig):
@@ -69,23 +72,13 @@ class SlidingWindow(Attention):
     config: Config
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens, window = q.shape[-2], self.config.window
-        if 2 * window + 1 >= tokens:  # the band is most of the matrix: mask it
-            position = torch.arange(tokens, device=q.device)
-            band = (position[:, None] - position[None, :]).abs() <= window
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=band)
-        # [B, h, N, d, 2w+1]: views of the padded keys, one per offset.
-        k_near = F.pad(k, (0, 0, window, window)).unfold(-2, 2 * window + 1, 1)
-        v_near = F.pad(v, (0, 0, window, window)).unfold(-2, 2 * window + 1, 1)
-        scores = torch.einsum("bhnd,bhndw->bhnw", q, k_near) * q.shape[-1] ** -0.5
-        source = torch.arange(tokens, device=q.device)[:, None] + torch.arange(-window, window + 1, device=q.device)
-        scores = scores.masked_fill((source < 0) | (source >= tokens), float("-inf"))
-        return torch.einsum("bhnw,bhndw->bhnd", scores.softmax(-1), v_near)
+        return window_attention(q, k, v, self.config.window)
 
     def load_reference(self, state_dict: Mapping[str, Tensor]) -> None:
         """Weights under flash-attn's `MHA` names: `Wqkv` and `out_proj`."""
         renamed = {
-            key.replace("Wqkv.", "qkv.").replace("out_proj.", "proj."): value for key, value in state_dict.items()
+            key.replace("Wqkv.", "qkv.").replace("out_proj.", "proj."): value
+            for key, value in state_dict.items()
         }
         load_strictly(self, renamed)
 

@@ -34,13 +34,13 @@ OUT = Path(__file__).parent.parent / "grafting" / "hosts" / "embedded" / "digits
 LOG = Path(__file__).with_name("make_digits_dit.log.jsonl")
 
 CLASSIFIER = {"steps": 1200, "batch": 128, "lr": 2e-3}
-VAE = {"steps": 2600, "batch": 64, "lr": 2e-3, "kl": 1e-3}
+VAE = {"steps": 1800, "batch": 64, "lr": 2e-3, "kl": 1e-3}
 VAE_CONFIG: dict[str, Any] = {
     "in_channels": 1,
     "out_channels": 1,
     "down_block_types": ["DownEncoderBlock2D"] * 3,
     "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "block_out_channels": [24, 48, 64],
+    "block_out_channels": [16, 32, 64],
     "layers_per_block": 1,
     "latent_channels": 4,
     "norm_num_groups": 8,
@@ -199,21 +199,27 @@ def make_vae(work: Path, images: Tensor, test_images: Tensor) -> AutoencoderKL:
     folder = OUT / "vae"
     if not folder.exists():
         torch.manual_seed(SEED + 1)
-        vae = AutoencoderKL(**VAE_CONFIG)
+        vae = AutoencoderKL(**VAE_CONFIG).to(memory_format=torch.channels_last)
         ema = AutoencoderKL(**VAE_CONFIG)
         ema.load_state_dict(vae.state_dict())
         trainer = Trainer("vae", work, {**VAE, "ema_decay": 0.998}, vae, ema)
         log(part="vae", parameters=sum(p.numel() for p in vae.parameters()))
+
+        def autoencode(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            posterior = vae.encode(x).latent_dist
+            return posterior.mean, posterior.logvar, vae.decode(posterior.mean + posterior.std * noise).sample
+
+        compiled = torch.compile(autoencode)
 
         def loss(step: int, draw: torch.Generator) -> Tensor:
             index = torch.randint(len(images), (int(VAE["batch"]),), generator=draw)
             x = to_model(images[index])
             if step % 2:
                 x = augment(x, draw)
-            posterior = vae.encode(x).latent_dist
-            z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=draw)
-            y = vae.decode(z).sample
-            kl = 0.5 * (posterior.mean**2 + posterior.var - 1 - posterior.logvar).mean()
+            noise = torch.randn(len(x), 4, 7, 7, generator=draw)
+            with torch.autocast("cpu", torch.bfloat16):  # convolutions run 2× faster than in fp32 on this CPU
+                mean, logvar, y = (part.float() for part in compiled(x.to(memory_format=torch.channels_last), noise))
+            kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
             return F.mse_loss(y, x) + 0.2 * F.l1_loss(y, x) + VAE["kl"] * kl
 
         trainer.run(loss, 100)

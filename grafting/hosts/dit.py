@@ -7,7 +7,7 @@ Legend: B batch, C latent channels, H × W latent size, N tokens, D hidden size.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,8 @@ from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from grafting import operators
-from grafting.operators import Grid
+from grafting.hosts.base import Host, Slot
+from grafting.operators import Grid, Kind
 
 Convention = Literal["original", "diffusers"]
 
@@ -157,7 +158,8 @@ class DiT(nn.Module):
         self.t_embedder = TimestepEmbedder(hidden_size, convention)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         side = input_size // patch_size
-        self.pos_embed = nn.Parameter(sincos_2d(hidden_size, side)[None], requires_grad=False)
+        self.pos_embed: Tensor
+        self.register_buffer("pos_embed", sincos_2d(hidden_size, side)[None])  # fixed, but in the state dict
         norm2_eps = 1e-6 if convention == "original" else 1e-5
         self.blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio, norm2_eps) for _ in range(depth)
@@ -226,3 +228,53 @@ def sincos_2d(dim: int, side: int) -> Tensor:
     columns = axis[None, :, :].expand(side, side, -1)
     rows = axis[:, None, :].expand(side, side, -1)
     return torch.cat([columns, rows], dim=-1).reshape(side * side, dim).float()
+
+
+class DiTHost(Host):
+    """A class-conditional DiT as a host."""
+
+    family = "dit"
+    model: DiT
+
+    @property
+    def slots(self) -> dict[str, Slot]:
+        places: tuple[tuple[Kind, str], ...] = (("mixer", "attn"), ("mlp", "mlp"))
+        return {
+            f"{kind}.{index}": Slot(f"{kind}.{index}", kind, index, f"blocks.{index}.{attribute}")
+            for kind, attribute in places
+            for index in range(self.model.depth)
+        }
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        return self.model.in_channels, self.model.input_size, self.model.input_size
+
+    @property
+    def grid(self) -> Grid:
+        return self.model.grid
+
+    @property
+    def width(self) -> int:
+        return self.model.hidden_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.model.num_heads
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+    @property
+    def null_class(self) -> int:
+        return self.model.null_class
+
+    @property
+    def class_dropout_prob(self) -> float:
+        return self.model.class_dropout_prob
+
+    def architecture(self) -> dict[str, Any]:
+        return dict(self.model.arguments)
+
+    def denoise(self, z: Tensor, t: Tensor, condition: Tensor) -> Tensor:
+        return self.model(z, t, condition)
