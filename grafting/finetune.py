@@ -139,6 +139,6 @@ def finetune(
 def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
     """Move every averaged weight towards the model's: `a ← decay · a + (1 − decay) · w`; buffers are copied."""
     pairs = [(a, w) for a, w in zip(average.parameters(), model.parameters(), strict=True) if w.requires_grad]
-    torch._foreach_lerp_([a for a, _ in pairs], [w.to(a.dtype) for _, w in pairs], 1 - decay)
+    torch._foreach_lerp_([a for a, _ in pairs], [w for _, w in pairs], 1 - decay)
     for a, w in zip(average.buffers(), model.buffers(), strict=True):
         a.copy_(w)
