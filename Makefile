@@ -27,7 +27,10 @@ lint: $(VENV)/.dev
 
 # The package mapping in pyproject.toml is visible to mypy only in an installed, non-editable package.
 types: $(VENV)/.dev
-	$(BIN)/python tools/check_types.py
+	rm -rf build/types
+	$(BIN)/pip install --quiet --no-deps --target build/types .
+	$(BIN)/python -m mypy --version
+	cd build/types && $(abspath $(BIN))/python -m mypy -p grafting --config-file $(abspath pyproject.toml)
 
 check: lint types test
 

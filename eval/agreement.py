@@ -47,14 +47,10 @@ def class_agreement(
         known = ", ".join(name for name, other in feature_extractors.EXTRACTORS.items() if other.logits)
         raise UserError(f"feature extractor {extractor!r} has no classes to agree with; use one of: {known}")
     if labels.shape != (len(images),):
-        raise UserError(
-            f"class agreement needs one label per image: {len(images)} images, labels {list(labels.shape)}"
-        )
+        raise UserError(f"class agreement needs one label per image: {len(images)} images, labels {list(labels.shape)}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < entry.classes:
         raise UserError(f"labels for extractor {extractor!r} must be in 0..{entry.classes - 1}")
-    logits = feature_extractors.extract(
-        images, extractor, layer=entry.logits, batch_size=batch_size, device=device
-    )
+    logits = feature_extractors.extract(images, extractor, layer=entry.logits, batch_size=batch_size, device=device)
     return float(np.mean(logits.argmax(axis=1) == labels.cpu().numpy()))
 
 

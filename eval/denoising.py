@@ -69,8 +69,7 @@ def denoising_loss(
     """
     if len(latents) == 0 or labels.shape != (len(latents),):
         raise UserError(
-            f"the denoising loss needs one label per latent: {len(latents)} latents,"
-            f" labels {list(labels.shape)}"
+            f"the denoising loss needs one label per latent: {len(latents)} latents, labels {list(labels.shape)}"
         )
     count = len(latents) * repeats
     t, draws = items(count, len(host.process), seed)
@@ -84,9 +83,7 @@ def denoising_loss(
             return host.denoise(z, timestep, condition)
 
         x0 = latents[image].to(host.device, torch.float32)
-        losses.append(
-            host.process.losses(model, x0, t[index].to(host.device), noise.to(host.device))["mse"].cpu()
-        )
+        losses.append(host.process.losses(model, x0, t[index].to(host.device), noise.to(host.device))["mse"].cpu())
     return torch.cat(losses).float()
 
 
@@ -103,9 +100,7 @@ def summary(losses: Tensor, repeats: int = 1) -> Summary:
         raise UserError(f"an interval needs at least 2 images, got {len(values)}")
     mean = values.mean().item()
     error = values.std().item() / math.sqrt(len(values))
-    return Summary(
-        mean=mean, standard_error=error, interval=(mean - Z_95 * error, mean + Z_95 * error), n=len(values)
-    )
+    return Summary(mean=mean, standard_error=error, interval=(mean - Z_95 * error, mean + Z_95 * error), n=len(values))
 
 
 def paired_difference(a: Tensor, b: Tensor, repeats: int = 1) -> Summary:
@@ -114,7 +109,5 @@ def paired_difference(a: Tensor, b: Tensor, repeats: int = 1) -> Summary:
     Raises UserError when they differ in number.
     """
     if a.shape != b.shape:
-        raise UserError(
-            f"paired losses differ in number: {len(a)} and {len(b)}; compute them over the same images"
-        )
+        raise UserError(f"paired losses differ in number: {len(a)} and {len(b)}; compute them over the same images")
     return summary(a.double() - b.double(), repeats)

@@ -71,13 +71,10 @@ class DigitsFeatureExtractor(FeatureExtractorBase):
         self.classifier = DigitClassifier()
         try:
             state = load_file(path)
-            self.classifier.load_state_dict(
-                {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
-            )
+            self.classifier.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
         except (OSError, SafetensorError, RuntimeError) as error:
             raise UserError(
-                f"digit classifier weights do not load: {path} ({type(error).__name__});"
-                " reinstall the package"
+                f"digit classifier weights do not load: {path} ({type(error).__name__}); reinstall the package"
             ) from error
         self.requires_grad_(False)
         self.eval()
@@ -143,9 +140,7 @@ def weights_hash(extractor: str) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     except OSError as error:
-        raise UserError(
-            f"weights of extractor {extractor!r} cannot be read: {path}; reinstall the package"
-        ) from error
+        raise UserError(f"weights of extractor {extractor!r} cannot be read: {path}; reinstall the package") from error
     return digest.hexdigest()
 
 
@@ -163,8 +158,7 @@ def load(extractor: str, layer: str | None = None, device: torch.device | str | 
             torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise UserError(
-                f"inception weights do not load: {path} ({type(error).__name__});"
-                " delete the file to fetch it again"
+                f"inception weights do not load: {path} ({type(error).__name__}); delete the file to fetch it again"
             ) from error
     module = create_feature_extractor(
         entry.registered_name,

@@ -64,13 +64,10 @@ class Statistics:
         n, size = rows.shape
         if n < size + 1:
             raise UserError(
-                f"a Fréchet distance in {size} features needs at least {size + 1} images, got {n};"
-                " give more images"
+                f"a Fréchet distance in {size} features needs at least {size + 1} images, got {n}; give more images"
             )
         if not np.isfinite(rows).all():
-            raise UserError(
-                "features for a Fréchet distance are not finite; look at the images they come from"
-            )
+            raise UserError("features for a Fréchet distance are not finite; look at the images they come from")
         mu, sigma = _moments(rows)
         return cls(mu, sigma, n, extractor, inputs_hash or hash_array(rows))
 
@@ -99,12 +96,8 @@ class Statistics:
             raise UserError(f"statistics file not found: {path}")
         try:
             with np.load(path, allow_pickle=False) as archive:
-                held = {
-                    key: archive[key] for key in ("format", "mu", "sigma", "n", "extractor", "inputs_hash")
-                }
-            read = cls(
-                held["mu"], held["sigma"], int(held["n"]), str(held["extractor"]), str(held["inputs_hash"])
-            )
+                held = {key: archive[key] for key in ("format", "mu", "sigma", "n", "extractor", "inputs_hash")}
+            read = cls(held["mu"], held["sigma"], int(held["n"]), str(held["extractor"]), str(held["inputs_hash"]))
             sound = (
                 int(held["format"]) == _FORMAT
                 and read.mu.dtype == read.sigma.dtype == np.float64
@@ -219,9 +212,7 @@ def fid(
     return score(features, reference, resamples=resamples, seed=seed)
 
 
-def score(
-    features: Array | Tensor, reference: Statistics, *, resamples: int = 100, seed: int = 0
-) -> FidScore:
+def score(features: Array | Tensor, reference: Statistics, *, resamples: int = 100, seed: int = 0) -> FidScore:
     """`fid` for features `[N, F]` that were extracted already, with the reference's extractor.
 
     The interval is a bootstrap over the samples, the reference held fixed; it is None beyond 128 features or

@@ -30,11 +30,7 @@ def list_images(folder: str | Path) -> list[Path]:
         raise UserError(f"image folder not found: {folder}; give an existing folder of PNG or JPG files")
     if not folder.is_dir():
         raise UserError(f"not an image folder: {folder}; give a folder of PNG or JPG files, or an .npz file")
-    files = [
-        p
-        for p in folder.iterdir()
-        if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
-    ]
+    files = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()]
     if not files:
         raise UserError(f"image folder holds no PNG or JPG file: {folder}; put the images directly into it")
     return sorted(files, key=lambda p: p.name)
@@ -79,9 +75,7 @@ def read_labels(path: str | Path, n: int | None = None) -> Tensor | None:
             values = json.loads(source.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"labels cannot be read: {source}; write a JSON list of whole numbers") from error
-        whole = isinstance(values, list) and all(
-            type(value) is int and abs(value) < 2**63 for value in values
-        )
+        whole = isinstance(values, list) and all(type(value) is int and abs(value) < 2**63 for value in values)
     else:
         source = path
         array = _read_npz(path, LABEL_KEYS, required=False)
@@ -145,9 +139,7 @@ def _read_file(file: Path) -> NDArray[np.uint8]:
             pixels = np.array(image.convert("L" if grey else "RGB"), dtype=np.uint8)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # Pillow raises many kinds for a damaged file: OSError, SyntaxError, struct.error …
+    except Exception as error:  # Pillow raises many kinds for a damaged file: OSError, SyntaxError, struct.error …
         raise UserError(f"image cannot be read: {file}; replace or remove the file") from error
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
@@ -173,9 +165,7 @@ def _check_pixels(array: NDArray[np.generic] | None, path: Path) -> Tensor:
     if array.ndim == 3:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] not in (1, 3):
-        raise UserError(
-            f"images must be uint8 [N, H, W, 1 or 3], not {array.dtype} {list(array.shape)}: {path}"
-        )
+        raise UserError(f"images must be uint8 [N, H, W, 1 or 3], not {array.dtype} {list(array.shape)}: {path}")
     if len(array) == 0:
         raise UserError(f"array file holds no image: {path}")
     return torch.from_numpy(np.ascontiguousarray(array))

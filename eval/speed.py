@@ -325,9 +325,7 @@ def _hooked(
 def _call(host: Denoiser, batch_size: int) -> Callable[[], Tensor]:
     """One denoiser call on a fixed random batch."""
     weights = next(host.model.parameters())
-    z = torch.randn(batch_size, *host.latent_shape, generator=generator(0, "speed")).to(
-        weights.device, weights.dtype
-    )
+    z = torch.randn(batch_size, *host.latent_shape, generator=generator(0, "speed")).to(weights.device, weights.dtype)
     t = torch.linspace(0, 999, batch_size).long().to(weights.device)
     condition = torch.arange(batch_size, device=weights.device) % host.num_classes
     return lambda: host.denoise(z, t, condition)
@@ -346,9 +344,7 @@ def _timed(call: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def _quantiles(values: list[float], *at: float) -> list[float]:
-    return torch.quantile(
-        torch.tensor(values, dtype=torch.float64), torch.tensor(at, dtype=torch.float64)
-    ).tolist()
+    return torch.quantile(torch.tensor(values, dtype=torch.float64), torch.tensor(at, dtype=torch.float64)).tolist()
 
 
 @contextlib.contextmanager

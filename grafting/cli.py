@@ -30,7 +30,8 @@ console = Console()
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys of the config.")]
 OperatorFiles = Annotated[
-    list[Path] | None, typer.Option("--operators", help="Python file that registers custom operators; may repeat.")
+    list[Path] | None,
+    typer.Option("--operators", help="Python file that registers custom operators; may repeat."),
 ]
 HostArgument = Annotated[str, typer.Argument(help="embedded:digits-dit, a saved hybrid, a checkpoint, or a hub id.")]
 Vae = Annotated[str | None, typer.Option(help="Codec of a bare checkpoint: a folder or hub id.")]
@@ -43,7 +44,9 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show traceback
 
 
 @app.command()
-def run(config: Annotated[Path, typer.Argument(help="The experiment's YAML file.")], overrides: Overrides = None) -> None:
+def run(
+    config: Annotated[Path, typer.Argument(help="The experiment's YAML file.")], overrides: Overrides = None
+) -> None:
     """Do or continue an experiment.
 
     Example: graft run configs/quickstart.yaml distill.steps=100
@@ -84,7 +87,13 @@ def inspect(
     for column in ("slot", "operator", "parameters", "FLOPs", f"latency, batch {batch_size}"):
         table.add_column(column, justify="left" if column in ("slot", "operator") else "right")
     for slot, row in rows.items():
-        table.add_row(slot, row["operator"], f"{row['parameters']:,}", f"{row['flops']:,}", f"{row['latency_ms']:.3f} ms")
+        table.add_row(
+            slot,
+            row["operator"],
+            f"{row['parameters']:,}",
+            f"{row['flops']:,}",
+            f"{row['latency_ms']:.3f} ms",
+        )
     console.print(table)
 
 
@@ -103,7 +112,12 @@ def list_operators(
         operators.load_file(file)
     known = {name: operators.get(name) for name in operators.names()}
     if as_json:
-        print(json.dumps({n: {"kind": c.kind, "config": c.Config.model_json_schema()} for n, c in known.items()}, indent=2))
+        print(
+            json.dumps(
+                {n: {"kind": c.kind, "config": c.Config.model_json_schema()} for n, c in known.items()},
+                indent=2,
+            )
+        )
         return
     table = Table()
     for column in ("operator", "kind", "config", "what it is"):
@@ -175,7 +189,11 @@ def evaluate(
     pictures = image_files.read_images(images_folder)
     labels = image_files.read_labels(images_folder, len(pictures))
     fid.check_sample_count(len(pictures), extractor)
-    real = embedded_images(reference)["train"][0] if reference.startswith("embedded:") else image_files.read_images(reference)
+    real = (
+        embedded_images(reference)["train"][0]
+        if reference.startswith("embedded:")
+        else image_files.read_images(reference)
+    )
     score = fid.fid(pictures, fid.reference_statistics(real, extractor, cache_folder() / "fid"), extractor)
     values: dict[str, Any] = {
         "fid": score.value,

@@ -163,7 +163,9 @@ def _apply_override(raw: dict[Any, Any], override: str) -> None:
     try:
         parsed = yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())[:120]}") from None
+        raise UserError(
+            f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())[:120]}"
+        ) from None
     parts = key.split(".")
     current: Any = raw
     for depth, part in enumerate(parts):

@@ -84,11 +84,23 @@ class LatentSet:
             members = labels == label
             rank[members] = torch.arange(int(members.sum()))
         keep = order[torch.argsort(rank, stable=True)[:count]]
-        source = self.image_source[keep] if isinstance(self.image_source, Tensor) else [self.image_source[i] for i in keep.tolist()]
+        source = (
+            self.image_source[keep]
+            if isinstance(self.image_source, Tensor)
+            else [self.image_source[i] for i in keep.tolist()]
+        )
         return LatentSet(self.mean[keep], self.std[keep], self.labels[keep], source, self.image_size, self.channels)
 
     def batch(
-        self, stage: str, step: int, size: int, *, seed: int, null_class: int, label_dropout: float, timesteps: int = 1000
+        self,
+        stage: str,
+        step: int,
+        size: int,
+        *,
+        seed: int,
+        null_class: int,
+        label_dropout: float,
+        timesteps: int = 1000,
     ) -> Batch:
         """The global batch of a step. Each pass over the images takes every one once, in an order of its own."""
         positions = np.arange(step * size, (step + 1) * size)
@@ -144,11 +156,13 @@ def load_data(config: DataConfig, host: Host) -> Data:
     scores = [int.from_bytes(hashlib.blake2b(p.name.encode(), digest_size=8).digest(), "big") / 2**64 for p in paths]
     held_out = torch.tensor([score < config.held_out for score in scores])
     if held_out.all() or not held_out.any():
-        raise UserError(f"data.source: {config.source} has too few images ({len(paths)}) to hold out {config.held_out:.0%}")
+        raise UserError(
+            f"data.source: {config.source} has too few images ({len(paths)}) to hold out {config.held_out:.0%}"
+        )
     parts = []
     for chosen in (~held_out, held_out):
-        part = [path for path, keep in zip(paths, chosen.tolist(), strict=True) if keep]
-        parts.append(_encode(part, labels[chosen], host, size))
+        kept = [path for path, keep in zip(paths, chosen.tolist(), strict=True) if keep]
+        parts.append(_encode(kept, labels[chosen], host, size))
     return Data(parts[0], parts[1], config.source)
 
 
@@ -158,7 +172,10 @@ def embedded_images(source: str) -> dict[str, tuple[Tensor, Tensor]]:
         raise UserError(f"{source!r} is not embedded data; {nearest(source, map('embedded:{}'.format, embedded.DATA))}")
     arrays = np.load(embedded.folder(source) / "data.npz")
     return {
-        part: (torch.from_numpy(arrays[f"{part}_images"])[..., None], torch.from_numpy(arrays[f"{part}_labels"]).long())
+        part: (
+            torch.from_numpy(arrays[f"{part}_images"])[..., None],
+            torch.from_numpy(arrays[f"{part}_labels"]).long(),
+        )
         for part in ("train", "held_out")
     }
 
@@ -222,7 +239,9 @@ def _encode(images: Tensor | list[Path], labels: Tensor, host: Host, size: int, 
             progress.advance(len(pixels))
     mean, std = torch.cat(means).contiguous(), torch.cat(stds).contiguous()
     if tuple(mean.shape[1:]) != host.latent_shape:
-        raise UserError(f"vae: {host.codec.spec} makes latents {tuple(mean.shape[1:])}, {host.card.name} needs {host.latent_shape}")
+        raise UserError(
+            f"vae: {host.codec.spec} makes latents {tuple(mean.shape[1:])}, {host.card.name} needs {host.latent_shape}"
+        )
     with replacing_file(cached) as temporary:
         save_file({"mean": mean, "std": std}, temporary)
     return LatentSet(mean, std, labels, images, size, channels)

@@ -38,8 +38,8 @@ def respaced_timesteps(steps: int, respacing: int | str | None) -> list[int]:
             if len(range(0, steps, stride)) == count:
                 return list(range(0, steps, stride))
         raise ValueError(f"sampling steps {respacing!r}: no integer stride gives exactly {count} of {steps} steps")
-    stride = (steps - 1) / (count - 1) if count > 1 else 1.0
-    return [round(index * stride) for index in range(count)]  # Python rounds half to even, as the original
+    fraction = (steps - 1) / (count - 1) if count > 1 else 1.0
+    return [round(index * fraction) for index in range(count)]  # Python rounds half to even, as the original
 
 
 class DiffusionProcess:
@@ -123,8 +123,7 @@ class DiffusionProcess:
 
     def _predict_x0(self, epsilon: Tensor, xt: Tensor, t: Tensor) -> Tensor:
         return (
-            self._at("sqrt_recip_alphas_cumprod", t, xt) * xt
-            - self._at("sqrt_recipm1_alphas_cumprod", t, xt) * epsilon
+            self._at("sqrt_recip_alphas_cumprod", t, xt) * xt - self._at("sqrt_recipm1_alphas_cumprod", t, xt) * epsilon
         )
 
     def _posterior_mean(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
@@ -177,15 +176,13 @@ class DiffusionProcess:
         """Sample down the whole chain from `z` with the learned variances (Nichol & Dhariwal, equation 15)."""
         return _last(self.trajectory(model_fn, z, noises), z)
 
-    def ddim(
-        self, model_fn: ModelFn, z: Tensor, eta: float = 0.0, noises: Iterable[Tensor] | None = None
-    ) -> Tensor:
+    def ddim(self, model_fn: ModelFn, z: Tensor, eta: float = 0.0, noises: Iterable[Tensor] | None = None) -> Tensor:
         """Sample down the whole chain from `z` by DDIM (Song et al., equation 12)."""
         return _last(self.trajectory(model_fn, z, noises, ddim=True, eta=eta), z)
 
 
 def _last(states: Iterator[Tensor], z: Tensor) -> Tensor:
-    for z in states:  # noqa: B007, B020 - only the final state is wanted
+    for z in states:  # noqa: B007 - only the final state is wanted
         pass
     return z
 

@@ -56,7 +56,11 @@ class SlotTrainer:
         self._autocast = accelerator.autocast
         self._scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.mixed_precision == "fp16")
         self.optimizer = torch.optim.AdamW(
-            operator.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+            operator.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            foreach=True,
         )
         self._ring: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.reuse)
         self._good = self._copy_weights()
@@ -170,7 +174,9 @@ def distill(
     forwards = -(-config.steps // config.reuse)
     result = DistillResult(samples=forwards * config.batch_size, host_forwards=forwards, seconds=0.0)
 
-    def run_host(part: Any, stage: str, step: int, size: int, use: Callable[[SlotTrainer, Tensor, Tensor], None]) -> None:
+    def run_host(
+        part: Any, stage: str, step: int, size: int, use: Callable[[SlotTrainer, Tensor, Tensor], None]
+    ) -> None:
         batch = part.batch(
             stage, step, size, seed=seed, null_class=host.null_class, label_dropout=host.class_dropout_prob
         ).to(accelerator.device)
@@ -208,9 +214,7 @@ def distill(
     done = 0
     with track(config.steps, f"distilling {len(slots)} slots") as progress:
         for forward in range(forwards):
-            run_host(
-                train, "distill", forward, config.batch_size, lambda t, x, y: t.observe(x, y, host.grid)
-            )
+            run_host(train, "distill", forward, config.batch_size, lambda t, x, y: t.observe(x, y, host.grid))
             before, done = done, min(config.steps, (forward + 1) * config.reuse)
             progress.advance(done - before)
             for slot, trainer in trainers.items():

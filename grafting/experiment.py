@@ -116,7 +116,12 @@ def prepare(config: ExperimentConfig) -> tuple[Host, GraftPlan]:
     return host, GraftPlan.from_config(config.graft, host)
 
 
-def run(config: str | Path | ExperimentConfig, overrides: Sequence[str] = (), *, say: Callable[[str], None] | None = None) -> Run:
+def run(
+    config: str | Path | ExperimentConfig,
+    overrides: Sequence[str] = (),
+    *,
+    say: Callable[[str], None] | None = None,
+) -> Run:
     """Do, or continue, an experiment. `say` receives a line at the end of every stage.
 
     Raises UserError for anything wrong with the config, host, data or folder; existing runs stay untouched.
@@ -129,14 +134,22 @@ def run(config: str | Path | ExperimentConfig, overrides: Sequence[str] = (), *,
     # The plan is applied before the folder is made: a misfit leaves nothing behind.
     fresh = graft(host, plan, config.seed)
     data = load_data(config.data, host)
-    return _Experiment(config, host, plan, fresh, data, say or (lambda line: print(line, file=sys.stderr, flush=True))).run()
+    return _Experiment(
+        config, host, plan, fresh, data, say or (lambda line: print(line, file=sys.stderr, flush=True))
+    ).run()
 
 
 class _Experiment:
     """The stages of one run in order, each skipped when its result is there."""
 
     def __init__(
-        self, config: ExperimentConfig, host: Host, plan: GraftPlan, fresh: Host, data: Data, say: Callable[[str], None]
+        self,
+        config: ExperimentConfig,
+        host: Host,
+        plan: GraftPlan,
+        fresh: Host,
+        data: Data,
+        say: Callable[[str], None],
     ) -> None:
         self.config, self.host, self.fresh, self.data, self.say = config, host, fresh, data, say
         self.extractor = config.feature_extractor or host.card.feature_extractor
@@ -147,7 +160,9 @@ class _Experiment:
         self.metrics["seed"] = config.seed
         self.metrics["environment"] = environment()
         self.metrics["plan"] = {slot: entry.operator for slot, entry in plan}
-        self.metrics.setdefault("command", shlex.join(["graft", *sys.argv[1:]]) if sys.argv[0].endswith("graft") else "")
+        self.metrics.setdefault(
+            "command", shlex.join(["graft", *sys.argv[1:]]) if sys.argv[0].endswith("graft") else ""
+        )
         device = Accelerator().device
         self.host.to(device)
         self.fresh.to(device)
@@ -201,7 +216,9 @@ class _Experiment:
         folder = self.folder.path / "checkpoints" / "distilled"
         if not folder.is_dir():
             self.folder.restart_log("distill")
-            result = distill(self.host, hybrid, self.data, self.config.distill, seed=self.config.seed, log=self.folder.log)
+            result = distill(
+                self.host, hybrid, self.data, self.config.distill, seed=self.config.seed, log=self.folder.log
+            )
             for slot, reason in result.stopped.items():
                 self.say(f"distill: slot {slot} stopped: {reason}")
             self._save(hybrid, folder, result)
@@ -220,7 +237,12 @@ class _Experiment:
             if self.config.finetune is not None:
                 self.folder.restart_log("finetune")
                 result = finetune(
-                    hybrid, self.data, self.config.finetune, teacher=self.host, seed=self.config.seed, log=self.folder.log
+                    hybrid,
+                    self.data,
+                    self.config.finetune,
+                    teacher=self.host,
+                    seed=self.config.seed,
+                    log=self.folder.log,
                 )
             self._save(hybrid, folder, result)
         hybrid, result = self._load(folder, FinetuneResult)
@@ -243,7 +265,8 @@ class _Experiment:
 
     def score(self, stage: str, model: Host) -> dict[str, Any]:
         """Sample a model and score it; the samples stay in the run's folder."""
-        wanted, values = self.config.evaluate, {}
+        wanted = self.config.evaluate
+        values: dict[str, Any] = {}
         if "fid" in wanted or "class_agreement" in wanted:
             options = self.config.sample
             labels = balanced_labels(options.n, model.num_classes)
@@ -284,14 +307,19 @@ class _Experiment:
 
     def _losses(self, model: Host) -> Tensor:
         held_out = self.data.held_out
-        return denoising.denoising_loss(model, held_out.mean, held_out.labels, seed=self.config.seed, repeats=DENOISING_REPEATS)
+        return denoising.denoising_loss(
+            model, held_out.mean, held_out.labels, seed=self.config.seed, repeats=DENOISING_REPEATS
+        )
 
     def _denoising(self, model: Host) -> dict[str, Any]:
         if self._host_losses is None:
             self._host_losses = self._losses(self.host)
         losses = self._host_losses if model is self.host else self._losses(model)
         values = denoising.summary(losses, DENOISING_REPEATS)
-        out: dict[str, Any] = {"denoising_loss": values.mean, "denoising_loss_interval": list(values.interval)}
+        out: dict[str, Any] = {
+            "denoising_loss": values.mean,
+            "denoising_loss_interval": list(values.interval),
+        }
         if model is not self.host:
             change = denoising.paired_difference(losses, self._host_losses, DENOISING_REPEATS)
             out["denoising_loss_change"] = change.mean
@@ -303,17 +331,22 @@ class _Experiment:
         if "fid" not in self.config.evaluate:
             return {}
         held_out = self.data.held_out
-        real = held_out.images()[: self.config.sample.n]
+        held_out = held_out.subset(self.config.sample.n, self.config.seed)  # as many as samples, balanced alike
+        real = held_out.images()
         if len(real) <= features.feature_size(self.extractor):
             return {}
         assert self.host.codec is not None
-        decoded = self.host.codec.decode(held_out.mean[: len(real)])
-        out = {}
+        decoded = self.host.codec.decode(held_out.mean)
+        out: dict[str, Any] = {}
         for name, pictures in (("real", real), ("reconstruction", decoded)):
             values = self._fid(pictures)
-            out |= {f"fid_{name}": values["fid"], f"fid_{name}_interval": values["fid_interval"], "fid_n": values["fid_n"]}
+            out |= {
+                f"fid_{name}": values["fid"],
+                f"fid_{name}_interval": values["fid_interval"],
+                "fid_n": values["fid_n"],
+            }
             if self.extractor == "digits":
-                out[f"class_agreement_{name}"] = agreement.class_agreement(pictures, held_out.labels[: len(real)])
+                out[f"class_agreement_{name}"] = agreement.class_agreement(pictures, held_out.labels)
         return out
 
     def measure_speed(self, hybrid: Host) -> None:
@@ -329,7 +362,9 @@ class _Experiment:
                 values |= measured["host" if stage == "host" else "hybrid"].model_dump()
         self.folder.save_metrics()
         ratio = measured["host"].latency_ms / measured["hybrid"].latency_ms
-        self.say(f"speed: host {measured['host'].latency_ms:.1f} ms, hybrid {measured['hybrid'].latency_ms:.1f} ms ({ratio:.2f}×)")
+        self.say(
+            f"speed: host {measured['host'].latency_ms:.1f} ms, hybrid {measured['hybrid'].latency_ms:.1f} ms ({ratio:.2f}×)"
+        )
 
     def account_training(self, hybrid: Host) -> None:
         """Training cost of both stages, as floating-point operations and as a share of the host's pretraining.
@@ -349,7 +384,10 @@ class _Experiment:
         samples = self.host.card.pretraining_samples
         if samples is not None:
             pretraining = self.host.card.pretraining_flops or 3.0 * host_flops * samples
-            training |= {"share_of_pretraining": total / pretraining, "share_of_pretraining_samples": training["samples"] / samples}
+            training |= {
+                "share_of_pretraining": total / pretraining,
+                "share_of_pretraining_samples": training["samples"] / samples,
+            }
 
 
 def _line(values: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def parameter_groups(hybrid: Host, config: FinetuneConfig) -> list[dict[str, Any
     new = {id(p) for slot in hybrid.grafts for p in hybrid.operator(slot).parameters()}
     grafted = [p for p in hybrid.model.parameters() if id(p) in new and p.requires_grad]
     old = [p for p in hybrid.model.parameters() if id(p) not in new and p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": grafted, "peak_lr": config.lr_new, "name": "new"},
         {"params": old, "peak_lr": config.lr_old, "name": "old"},
     ]
@@ -91,7 +91,9 @@ def finetune(
         xt = hybrid.process.q_sample(batch.x0, batch.t, batch.noise)
         with accelerator.autocast():
             output = model(xt, batch.t, batch.labels)
-        parts = {k: v.mean() for k, v in hybrid.process.losses_of_output(output, batch.x0, xt, batch.t, batch.noise).items()}
+        parts = {
+            k: v.mean() for k, v in hybrid.process.losses_of_output(output, batch.x0, xt, batch.t, batch.noise).items()
+        }
         if teacher is not None and config.teacher_weight > 0:
             with torch.no_grad(), accelerator.autocast():
                 target = teacher.denoise(xt, batch.t, batch.labels)
@@ -102,7 +104,12 @@ def finetune(
     with track(config.steps, "finetuning") as progress:
         for step in range(config.steps):
             batch = train.batch(
-                "finetune", step, config.batch_size, seed=seed, null_class=hybrid.null_class, label_dropout=dropout
+                "finetune",
+                step,
+                config.batch_size,
+                seed=seed,
+                null_class=hybrid.null_class,
+                label_dropout=dropout,
             )
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * config.rate(step)

@@ -82,7 +82,9 @@ class SlotSelector(BaseModel):
         try:
             scores = {str(key): float(value) for key, value in json.loads(path.read_text()).items()}
         except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"graft.slots.scores: cannot read {path}: {error}; it maps slot names to numbers") from error
+            raise UserError(
+                f"graft.slots.scores: cannot read {path}: {error}; it maps slot names to numbers"
+            ) from error
         missing = [name for name in slots if name not in scores]
         if missing:
             raise UserError(f"graft.slots.scores: {path} has no score for {', '.join(missing[:4])}")

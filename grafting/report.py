@@ -349,9 +349,7 @@ def _result_sentences(metrics: Metrics) -> list[str]:
             apart = intervals[0][0] > intervals[1][1] or intervals[0][1] < intervals[1][0]
             overlap = ", intervals apart" if apart else ", intervals overlap"
         ratio = _ratio(last.fid, host.fid) or "–"
-        compared.append(
-            f"FID is {significant(last.fid)} against the host’s {significant(host.fid)} ({ratio}{overlap})"
-        )
+        compared.append(f"FID is {significant(last.fid)} against the host’s {significant(host.fid)} ({ratio}{overlap})")
     if last.denoising_loss is not None and host.denoising_loss is not None:
         ratio = _ratio(last.denoising_loss, host.denoising_loss) or "–"
         compared.append(
@@ -725,8 +723,7 @@ def _layout(indices: Sequence[int], labels: Sequence[Any]) -> tuple[list[list[in
     if classes:
         rows = min(GRID_ROWS, max(len(by_class[label]) for label in classes))
         layout = [
-            [by_class[label][row] if row < len(by_class[label]) else None for label in classes]
-            for row in range(rows)
+            [by_class[label][row] if row < len(by_class[label]) else None for label in classes] for row in range(rows)
         ]
         names = _and([str(label) for label in classes])
         if len(classes) > 2 and _consecutive(classes):
@@ -754,9 +751,7 @@ def _open_image(path: Path) -> Image.Image:
         raise UserError(f"{path}: not a readable image ({reason}); delete it and sample again") from None
 
 
-def _compose(
-    images: Mapping[int, Image.Image], layout: Sequence[Sequence[int | None]], size: tuple[int, int]
-) -> bytes:
+def _compose(images: Mapping[int, Image.Image], layout: Sequence[Sequence[int | None]], size: tuple[int, int]) -> bytes:
     """The images as one PNG in the order of `layout`; places without an image stay transparent."""
     holes = any(index is None for row in layout for index in row)
     mode = "L" if all(image.mode == "L" for image in images.values()) else "RGB"
@@ -852,9 +847,7 @@ def _notices(run_folder: Path, metrics: Metrics, log: TrainingLog, sampled: Sequ
     return notices
 
 
-def _plan_rows(
-    metrics: Metrics, config: Mapping[str, Any], log: TrainingLog
-) -> list[tuple[str, str, str, str]]:
+def _plan_rows(metrics: Metrics, config: Mapping[str, Any], log: TrainingLog) -> list[tuple[str, str, str, str]]:
     """(slot, operator, its config, final relative error), in the order of the slots."""
     configs: dict[str, set[str]] = {}
     for group in _graft_groups(config):

@@ -123,6 +123,6 @@ def _labels(condition: int | Sequence[int] | Tensor | None, n: int, host: Host) 
     if labels.shape != (n,):
         raise UserError(f"condition has {labels.numel()} classes for n = {n} images; give one, or one for each image")
     known = host.num_classes
-    if n and not (0 <= int(labels.min()) and int(labels.max()) < known):
+    if n and not (int(labels.min()) >= 0 and int(labels.max()) < known):
         raise UserError(f"condition: classes of {host.card.name} are 0 to {known - 1}, got {int(labels.max())}")
     return labels

@@ -148,7 +148,9 @@ def load_saved_host(folder: str | Path, codec: Codec | None = None) -> Host:
         try:
             new = operators.build(entry.operator, dim=host.width, num_heads=host.num_heads, **entry.config)
         except OperatorError as error:
-            raise UserError(f"{path}: slot {slot}: {error} (a custom operator's file is named in operators:)") from error
+            raise UserError(
+                f"{path}: slot {slot}: {error} (a custom operator's file is named in operators:)"
+            ) from error
         replace_module(model, host.slot(slot).module_path, new)
     state = load_weights(Path(folder) / WEIGHTS_FILE)
     try:

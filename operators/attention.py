@@ -25,9 +25,7 @@ class Attention(Operator):
     def __init__(self, dim: int, num_heads: int, config: OperatorConfig) -> None:
         super().__init__(dim, num_heads, config)
         if dim % num_heads:
-            raise OperatorError(
-                f"operator {self.name!r}: dim {dim} is not divisible by num_heads {num_heads}"
-            )
+            raise OperatorError(f"operator {self.name!r}: dim {dim} is not divisible by num_heads {num_heads}")
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         for layer in (self.qkv, self.proj):
@@ -38,9 +36,7 @@ class Attention(Operator):
     def from_host(cls, config: OperatorConfig, old_module: nn.Module) -> Attention:
         """Start with the projections of any attention of the same layout."""
         if not isinstance(old_module, Attention):
-            raise OperatorError(
-                f"operator {cls.name!r} starts from attention, not {type(old_module).__name__}"
-            )
+            raise OperatorError(f"operator {cls.name!r} starts from attention, not {type(old_module).__name__}")
         new = cls(old_module.dim, old_module.num_heads, config)
         new.load_state_dict(old_module.state_dict())
         return new
@@ -77,8 +73,7 @@ class SlidingWindow(Attention):
     def load_reference(self, state_dict: Mapping[str, Tensor]) -> None:
         """Weights under flash-attn's `MHA` names: `Wqkv` and `out_proj`."""
         renamed = {
-            key.replace("Wqkv.", "qkv.").replace("out_proj.", "proj."): value
-            for key, value in state_dict.items()
+            key.replace("Wqkv.", "qkv.").replace("out_proj.", "proj."): value for key, value in state_dict.items()
         }
         load_strictly(self, renamed)
 

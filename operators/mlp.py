@@ -26,9 +26,7 @@ class Mlp(Operator):
         super().__init__(dim, num_heads, config)
         hidden = int(dim * config.expansion_ratio)
         if hidden < 1:
-            raise OperatorError(
-                f"operator 'mlp': expansion_ratio {config.expansion_ratio} leaves no hidden unit"
-            )
+            raise OperatorError(f"operator 'mlp': expansion_ratio {config.expansion_ratio} leaves no hidden unit")
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
         for layer in (self.fc1, self.fc2):

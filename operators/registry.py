@@ -114,9 +114,7 @@ def register(name: str, *, kind: Kind) -> Callable[[OperatorType], OperatorType]
     def add(cls: OperatorType) -> OperatorType:
         known = _registry.get(name)
         if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise OperatorError(
-                f"operator {name!r} is already registered by {known.__module__}.{known.__qualname__}"
-            )
+            raise OperatorError(f"operator {name!r} is already registered by {known.__module__}.{known.__qualname__}")
         cls.name, cls.kind = name, kind
         _registry[name] = cls
         return cls
@@ -192,5 +190,5 @@ def parse_config(name: str, config: Mapping[str, Any]) -> OperatorConfig:
 
 
 def build(name: str, *, dim: int, num_heads: int = 1, **config: Any) -> Operator:
-    """Build a freshly initialised operator of width `dim`, e.g. `build("hyena_x", dim=1152, kernel_size=4)`."""
+    """Build a fresh operator of width `dim`, e.g. `build("hyena_x", dim=1152, kernel_size=4)`."""
     return get(name)(dim, num_heads, parse_config(name, config))

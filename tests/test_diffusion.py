@@ -101,9 +101,7 @@ def test_ancestral_and_ddim_return_the_last_state(golden, model):
         process.ancestral(model_fn, case["z"], noises),
         list(process.trajectory(model_fn, case["z"], noises))[-1],
     )
-    assert torch.equal(
-        process.ddim(model_fn, case["z"]), list(process.trajectory(model_fn, case["z"], ddim=True))[-1]
-    )
+    assert torch.equal(process.ddim(model_fn, case["z"]), list(process.trajectory(model_fn, case["z"], ddim=True))[-1])
 
 
 @pytest.mark.parametrize("spec", ["25", "50", "100", "250", "ddim25", "ddim50", "ddim250"])
@@ -152,9 +150,7 @@ def test_ddim_noise_matters_only_with_eta(golden):
     first = process.ddim(model_fn, z)
     torch.manual_seed(2)
     assert torch.equal(process.ddim(model_fn, z), first)
-    noisy = [
-        process.ddim(model_fn, z, eta=1.0, noises=torch.full((4, *z.shape), value)) for value in (0.0, 1.0)
-    ]
+    noisy = [process.ddim(model_fn, z, eta=1.0, noises=torch.full((4, *z.shape), value)) for value in (0.0, 1.0)]
     assert not torch.allclose(*noisy)
 
 

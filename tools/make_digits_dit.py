@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from grafting.diffusion import DiffusionProcess
@@ -113,7 +113,9 @@ def augment(images: Tensor, draw: torch.Generator) -> Tensor:
 class Trainer:
     """A training loop's state on disk: module, optimizer, step, seconds spent."""
 
-    def __init__(self, name: str, work: Path, settings: dict[str, Any], module: nn.Module, ema: nn.Module | None = None) -> None:
+    def __init__(
+        self, name: str, work: Path, settings: dict[str, Any], module: nn.Module, ema: nn.Module | None = None
+    ) -> None:
         self.name, self.path, self.settings = name, work / f"{name}.pt", settings
         self.module, self.ema = module, ema
         self.optimizer = torch.optim.AdamW(
@@ -166,7 +168,12 @@ class Trainer:
             if self.step % every == 0 or self.step == self.settings["steps"]:
                 self.seconds += time.perf_counter() - started
                 started = time.perf_counter()
-                log(part=self.name, step=self.step, loss=sum(losses) / len(losses), seconds=round(self.seconds, 1))
+                log(
+                    part=self.name,
+                    step=self.step,
+                    loss=sum(losses) / len(losses),
+                    seconds=round(self.seconds, 1),
+                )
                 losses = []
                 self.save()
 
@@ -229,7 +236,11 @@ def make_vae(work: Path, images: Tensor, test_images: Tensor) -> AutoencoderKL:
             z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=generator(SEED, "scale"))
             y = ema.decode(ema.encode(to_model(test_images)).latent_dist.mean).sample
         ema.register_to_config(scaling_factor=1 / z.std().item())
-        log(part="vae", held_out_mse=F.mse_loss(y, to_model(test_images)).item(), scaling_factor=1 / z.std().item())
+        log(
+            part="vae",
+            held_out_mse=F.mse_loss(y, to_model(test_images)).item(),
+            scaling_factor=1 / z.std().item(),
+        )
         ema.half().save_pretrained(folder)
     return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
 
@@ -262,12 +273,19 @@ def make_dit(work: Path, vae: AutoencoderKL, images: Tensor, labels: Tensor) -> 
     save_file(half(ema.state_dict()), path)
     (OUT / "dit.json").write_text(json.dumps(DIT_CONFIG, indent=2) + "\n")
     samples = int(DIT["steps"]) * batch
-    log(part="dit", samples=samples, seconds=round(trainer.seconds, 1), machine=f"{platform.machine()}, {torch.get_num_threads()} threads")
+    log(
+        part="dit",
+        samples=samples,
+        seconds=round(trainer.seconds, 1),
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads",
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/digits-dit"), help="where checkpoints of unfinished parts go")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/digits-dit"), help="where checkpoints of unfinished parts go"
+    )
     work = parser.parse_args().work
     work.mkdir(parents=True, exist_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)

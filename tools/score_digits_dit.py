@@ -62,7 +62,12 @@ def main() -> None:
                 host, arguments.n, condition=labels, steps=arguments.steps, guidance=guidance, sampler=sampler
             )
             row(f"{sampler}, {arguments.steps} steps, guidance {guidance:g}", images, labels)
-    result = {"command": "python tools/score_digits_dit.py", "arguments": vars(arguments), "environment": environment(), "rows": rows}
+    result = {
+        "command": "python tools/score_digits_dit.py",
+        "arguments": vars(arguments),
+        "environment": environment(),
+        "rows": rows,
+    }
     Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
 
 

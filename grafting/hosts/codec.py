@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grafting.errors import UserError
 from grafting.hosts import embedded
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
 
 
 class Codec:
@@ -25,10 +22,10 @@ class Codec:
     def __init__(self, spec: str) -> None:
         self.spec = spec
         self._device = torch.device("cpu")
-        self._vae: AutoencoderKL | None = None
+        self._vae: Any = None  # an AutoencoderKL; diffusers is imported when it is needed
 
     @property
-    def vae(self) -> AutoencoderKL:
+    def vae(self) -> Any:
         """The VAE in float32. Raises UserError when it cannot be loaded."""
         if self._vae is None:
             from diffusers import AutoencoderKL  # seconds of imports that a mere plan does not need
@@ -49,7 +46,9 @@ class Codec:
 
     def fingerprint(self) -> str:
         """Hash of the VAE's config and weights."""
-        digest = hashlib.sha256(repr(sorted(item for item in self.vae.config.items() if not item[0].startswith("_"))).encode())
+        digest = hashlib.sha256(
+            repr(sorted(item for item in self.vae.config.items() if not item[0].startswith("_"))).encode()
+        )
         for key, value in self.vae.state_dict().items():
             digest.update(key.encode() + value.cpu().numpy().tobytes())
         return digest.hexdigest()

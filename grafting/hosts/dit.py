@@ -10,7 +10,6 @@ import math
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
@@ -23,7 +22,12 @@ Convention = Literal["original", "diffusers"]
 # name: (depth, hidden_size, patch_size, num_heads), table 1 of the paper.
 SIZES: dict[str, tuple[int, int, int, int]] = {
     f"DiT-{letter}/{patch}": (depth, width, patch, heads)
-    for letter, depth, width, heads in (("S", 12, 384, 6), ("B", 12, 768, 12), ("L", 24, 1024, 16), ("XL", 28, 1152, 16))
+    for letter, depth, width, heads in (
+        ("S", 12, 384, 6),
+        ("B", 12, 768, 12),
+        ("L", 24, 1024, 16),
+        ("XL", 28, 1152, 16),
+    )
     for patch in (2, 4, 8)
 }
 
@@ -51,7 +55,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
     def forward(self, t: Tensor) -> Tensor:
-        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.sinusoid(t).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
@@ -81,9 +85,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn: nn.Module = operators.build("attention", dim=hidden_size, num_heads=num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=norm2_eps)
-        self.mlp: nn.Module = operators.build(
-            "mlp", dim=hidden_size, num_heads=num_heads, expansion_ratio=mlp_ratio
-        )
+        self.mlp: nn.Module = operators.build("mlp", dim=hidden_size, num_heads=num_heads, expansion_ratio=mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
     def forward(self, x: Tensor, c: Tensor, grid: Grid | None = None) -> Tensor:
@@ -151,7 +153,11 @@ class DiT(nn.Module):
         }
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
-        self.num_classes, self.class_dropout_prob, self.learn_sigma = num_classes, class_dropout_prob, learn_sigma
+        self.num_classes, self.class_dropout_prob, self.learn_sigma = (
+            num_classes,
+            class_dropout_prob,
+            learn_sigma,
+        )
         self.out_channels = in_channels * (2 if learn_sigma else 1)
 
         self.x_embedder = PatchEmbed(input_size, patch_size, in_channels, hidden_size, bias=True)
@@ -161,9 +167,7 @@ class DiT(nn.Module):
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_2d(hidden_size, side)[None])  # fixed, but in the state dict
         norm2_eps = 1e-6 if convention == "original" else 1e-5
-        self.blocks = nn.ModuleList(
-            DiTBlock(hidden_size, num_heads, mlp_ratio, norm2_eps) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, norm2_eps) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self._initialize()
 
@@ -174,12 +178,21 @@ class DiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.data.flatten(1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        for weight in (self.y_embedder.embedding_table.weight, self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
-            nn.init.normal_(weight, std=0.02)
-        for layer in [*(block.adaLN_modulation[-1] for block in self.blocks), self.final_layer.adaLN_modulation[-1], self.final_layer.linear]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        if self.x_embedder.proj.bias is not None:
+            nn.init.zeros_(self.x_embedder.proj.bias)
+        for embedder in (
+            self.y_embedder.embedding_table,
+            self.t_embedder.mlp[0],
+            self.t_embedder.mlp[2],
+        ):
+            nn.init.normal_(embedder.get_parameter("weight"), std=0.02)
+        for zeroed in (
+            *(block.get_submodule("adaLN_modulation.1") for block in self.blocks),
+            self.final_layer.adaLN_modulation[1],
+            self.final_layer.linear,
+        ):
+            nn.init.zeros_(zeroed.get_parameter("weight"))
+            nn.init.zeros_(zeroed.get_parameter("bias"))
 
     @property
     def grid(self) -> Grid:

@@ -89,17 +89,13 @@ def _load_pickle(path: Path) -> Any:
 def _flat_state_dict(loaded: Any, path: Path) -> StateDict:
     """The tensors of what a file holds, unwrapped."""
     while isinstance(loaded, Mapping):
-        wrapper = next(
-            (key for key in ("ema", "model", "state_dict") if isinstance(loaded.get(key), Mapping)), None
-        )
+        wrapper = next((key for key in ("ema", "model", "state_dict") if isinstance(loaded.get(key), Mapping)), None)
         if wrapper is None:
             break
         loaded = loaded[wrapper]
     if not isinstance(loaded, Mapping):
         raise UserError(f"{path} holds no state dict but a {type(loaded).__name__}")
-    odd = [
-        str(key) for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))
-    ]
+    odd = [str(key) for key, value in loaded.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if odd:
         raise UserError(f"{path} holds no state dict: no tensor under {_listed(odd)}")
     if not loaded:
@@ -140,9 +136,7 @@ def architecture_of(
         raise UserError(f"not the weights of a DiT: missing {_listed(missing)}{hint}")
     for key, ndim in wanted.items():
         if state_dict[key].ndim != ndim:
-            raise UserError(
-                f"not the weights of a DiT: {key} is {_shape(state_dict[key])}, not {ndim}-dimensional"
-            )
+            raise UserError(f"not the weights of a DiT: {key} is {_shape(state_dict[key])}, not {ndim}-dimensional")
 
     hidden_size, in_channels, patch_size, patch_columns = state_dict["x_embedder.proj.weight"].shape
     tokens = state_dict["pos_embed"].shape[1]
@@ -157,9 +151,7 @@ def architecture_of(
     blocks = {int(match[1]) for key in state_dict if (match := re.match(r"blocks\.(\d+)\.", key))}
     depth = len(blocks)
     if blocks != set(range(depth)):
-        raise UserError(
-            f"not the weights of a DiT: block {min(set(range(depth)) - blocks)} of {depth} is missing"
-        )
+        raise UserError(f"not the weights of a DiT: block {min(set(range(depth)) - blocks)} of {depth} is missing")
     outputs = state_dict["final_layer.linear.weight"].shape[0]
     if outputs not in (patch_size**2 * in_channels, 2 * patch_size**2 * in_channels):
         raise UserError(
@@ -170,9 +162,7 @@ def architecture_of(
     if num_classes is None:
         num_classes = rows - 1
     if rows - num_classes not in (0, 1) or num_classes < 1:
-        raise UserError(
-            f"num_classes {num_classes} does not fit y_embedder.embedding_table.weight with {rows} rows"
-        )
+        raise UserError(f"num_classes {num_classes} does not fit y_embedder.embedding_table.weight with {rows} rows")
     return {
         "input_size": side * patch_size,
         "patch_size": patch_size,
@@ -253,9 +243,7 @@ def _read_diffusers_folder(folder: Path, convention: Convention) -> tuple[dict[s
         raise UserError(f"{folder / 'config.json'} is not readable JSON ({_first_line(error)})") from error
     if not isinstance(config, dict) or config.get("_class_name") not in DIFFUSERS_CLASSES:
         saved = config.get("_class_name") if isinstance(config, dict) else None
-        raise UserError(
-            f"{folder / 'config.json'} describes {saved or 'no model'}, not a DiTTransformer2DModel"
-        )
+        raise UserError(f"{folder / 'config.json'} describes {saved or 'no model'}, not a DiTTransformer2DModel")
     if convention == "diffusers" and config.get("norm_eps", 1e-5) != 1e-5:
         raise UserError(
             f"{folder / 'config.json'}: norm_eps {config['norm_eps']} is not diffusers' own 1e-05; use"
@@ -277,16 +265,12 @@ def _read_diffusers_weights(folder: Path) -> StateDict:
                 if any(Path(shard).name != shard for shard in shards):
                     raise ValueError("a shard lies outside the folder")
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{index} is not a readable index of weights ({_first_line(error)})"
-                ) from error
+                raise UserError(f"{index} is not a readable index of weights ({_first_line(error)})") from error
             return {key: value for shard in shards for key, value in read_state_dict(folder / shard).items()}
     raise UserError(f"{folder} has no {DIFFUSERS_WEIGHTS}.safetensors and no {DIFFUSERS_WEIGHTS}.bin")
 
 
-def from_diffusers(
-    config: Mapping[str, Any], state_dict: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], StateDict]:
+def from_diffusers(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Any], StateDict]:
     """Constructor arguments and original state dict of a diffusers `DiTTransformer2DModel`.
 
     Queries, keys and values are joined into `qkv`; the fixed position table, which diffusers does not store,
@@ -384,9 +368,7 @@ def _arguments_of_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
         sizes[key] = value
     channels, out_channels = sizes["in_channels"], config.get("out_channels")
     if out_channels not in (None, channels, 2 * channels):
-        raise UserError(
-            f"config.json: out_channels {out_channels!r} is neither {channels} nor {2 * channels}"
-        )
+        raise UserError(f"config.json: out_channels {out_channels!r} is neither {channels} nor {2 * channels}")
     hidden_size = sizes["num_attention_heads"] * sizes["attention_head_dim"]
     if sizes["sample_size"] % sizes["patch_size"] or hidden_size % 4:
         raise UserError(
@@ -425,9 +407,7 @@ def import_plan(
     return _import_plan(state_dict, _host_arguments(state_dict, num_heads, num_classes), window)
 
 
-def _host_arguments(
-    state_dict: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None
-) -> dict[str, Any]:
+def _host_arguments(state_dict: Mapping[str, Tensor], num_heads: int | None, num_classes: int | None) -> dict[str, Any]:
     """`architecture_of` the host that was grafted, even if no MLP of its own is left."""
     arguments = architecture_of(state_dict, num_heads, num_classes=num_classes)
     if any(size[:2] == (arguments["depth"], arguments["hidden_size"]) for size in SIZES.values()):
@@ -437,7 +417,7 @@ def _host_arguments(
 
 def _import_plan(state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any], window: int) -> list[Entry]:
     entries: list[Entry] = []
-    unplaceable: list[str] = []
+    unplaceable: dict[str, list[str]] = {}
     for kind, attribute in (("mixer", "attn"), ("mlp", "mlp")):
         for index in range(arguments["depth"]):
             weights = _below(state_dict, f"blocks.{index}.{attribute}.")
@@ -449,13 +429,13 @@ def _import_plan(state_dict: Mapping[str, Tensor], arguments: Mapping[str, Any],
             else:
                 operator = _recognise_mlp(names, weights, arguments["hidden_size"])
             if operator is None:
-                unplaceable += [f"blocks.{index}.{attribute}.{key}" for key in weights] or [
-                    f"blocks.{index}.{attribute} (no weights)"
-                ]
+                unplaceable[f"blocks.{index}.{attribute}"] = sorted(weights)
             elif operator not in (("attention", {}), ("mlp", {"expansion_ratio": arguments["mlp_ratio"]})):
                 entries.append((f"{kind}.{index}", *operator))
     if unplaceable:
-        raise UserError(f"no known operator has the weights {_listed(unplaceable)}")
+        place, keys = next(iter(unplaceable.items()))
+        others = f"; nor those of {_listed(list(unplaceable)[1:])}" if len(unplaceable) > 1 else ""
+        raise UserError(f"no known operator has the weights of {place}: {_listed(keys, limit=16)}{others}")
     return entries
 
 
@@ -484,9 +464,7 @@ def _recognise_mixer(
     return None
 
 
-def _recognise_mlp(
-    names: frozenset[str], weights: Mapping[str, Tensor], dim: int
-) -> tuple[str, dict[str, Any]] | None:
+def _recognise_mlp(names: frozenset[str], weights: Mapping[str, Tensor], dim: int) -> tuple[str, dict[str, Any]] | None:
     if names == {"fc1", "fc2"}:
         return "mlp", {"expansion_ratio": _ratio(weights["fc1.weight"].shape[0], dim)}
     if names == {"in_proj", "out_proj", "short_filter"}:
@@ -522,9 +500,7 @@ def _build_grafted(
         kind, _, index = slot.partition(".")
         attribute = "attn" if kind == "mixer" else "mlp"
         prefix = f"blocks.{index}.{attribute}."
-        operator = operators.build(
-            name, dim=arguments["hidden_size"], num_heads=arguments["num_heads"], **config
-        )
+        operator = operators.build(name, dim=arguments["hidden_size"], num_heads=arguments["num_heads"], **config)
         try:
             operator.load_reference(_below(state_dict, prefix))
         except UserError as error:

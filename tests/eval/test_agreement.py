@@ -55,9 +55,7 @@ def test_copies_are_found_and_fresh_points_are_not() -> None:
 
 def test_distances_are_exact_on_a_line() -> None:
     train = torch.tensor([[0.0], [10.0]])
-    found = nearest_neighbour_check(
-        torch.tensor([[1.0], [8.0], [13.0]]), train, torch.tensor([[4.0], [6.0], [5.0]])
-    )
+    found = nearest_neighbour_check(torch.tensor([[1.0], [8.0], [13.0]]), train, torch.tensor([[4.0], [6.0], [5.0]]))
     assert (found.median_samples, found.median_held_out) == (2.0, 4.0)
     # 1% of the way from 4 to the next distance, which is 4 too.
     assert found.threshold == pytest.approx(4.0)

@@ -35,9 +35,7 @@ def test_digits_features_are_the_classifiers_own() -> None:
     assert got.dtype == np.float64
     # float32 convolutions in another batch layout: a few units in the last place of values of order 10.
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(
-        features.extract(images, "digits", layer="logits"), logits, rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(features.extract(images, "digits", layer="logits"), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_grey_and_repeated_grey_and_any_batch_size_agree() -> None:

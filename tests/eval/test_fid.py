@@ -143,9 +143,7 @@ def test_many_features_have_no_interval() -> None:
 
 
 def digits(n: int, seed: int) -> torch.Tensor:
-    return torch.randint(
-        0, 256, (n, 28, 28, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
-    )
+    return torch.randint(0, 256, (n, 28, 28, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def test_fid_of_images_names_all_it_depends_on() -> None:

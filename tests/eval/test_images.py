@@ -130,9 +130,7 @@ def test_bad_arrays_name_the_file(tmp_path) -> None:
     one_line(path, "x.npz")
 
 
-@pytest.mark.parametrize(
-    "content", ["[1, 2", '{"a": 1}', '["1", "2"]', "[1.5, 2]", "[true, false]", "\xff", "[1]"]
-)
+@pytest.mark.parametrize("content", ["[1, 2", '{"a": 1}', '["1", "2"]', "[1.5, 2]", "[true, false]", "\xff", "[1]"])
 def test_bad_labels_are_one_line(tmp_path, content) -> None:
     write_images(random_images(2, 1), tmp_path / "out")
     (tmp_path / "out" / "labels.json").write_bytes(content.encode("latin-1"))

@@ -24,9 +24,7 @@ class Stand:
 
     def __init__(self, log: list[str] | None = None, name: str = "") -> None:
         torch.manual_seed(0)
-        self.model = DiT(
-            input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3
-        )
+        self.model = DiT(input_size=4, patch_size=1, in_channels=2, hidden_size=16, depth=2, num_heads=2, num_classes=3)
         self.log, self.name = log, name
 
     @property

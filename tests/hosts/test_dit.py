@@ -43,8 +43,8 @@ def test_intermediate_states_match(golden, model, relative_error):
     case = golden("dit_forward")
     conditioning = model.t_embedder(case["t"]) + model.y_embedder(case["y"])
     tokens = model.x_embedder(case["x"]) + model.pos_embed
-    # An angle is a timestep up to 999 times a frequency below 1: one rounding of exp moves it by up to 999 · 2⁻²⁴,
-    # which is 6e-5 (the golden table itself is 3e-5 from the float64 one). 127 for 128 would give order 1.
+    # An angle is a timestep up to 999 times a frequency below 1: one rounding of exp moves it by up to
+    # 999 · 2⁻²⁴ = 6e-5 (the golden table itself is 3e-5 from the float64 one). 127 for 128 gives order 1.
     assert relative_error(model.t_embedder.sinusoid(case["t"]), case["t_embedding"]) <= 6e-5
     assert relative_error(conditioning, case["conditioning"]) <= 1e-5
     assert relative_error(tokens, case["tokens_in"]) <= 1e-5

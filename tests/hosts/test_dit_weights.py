@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -37,7 +38,7 @@ SMALL = {
     "num_classes": 5,
     "learn_sigma": True,
 }
-GRAFTED = {  # golden name: (entries, seed tells nothing of the window)
+GRAFTED = {  # golden name: what its plan must be
     "grafted_hyena_y": [(f"mixer.{index}", "hyena_y", {"kernel_size": 4}) for index in (1, 3)],
     "grafted_mlp_r3": [(f"mlp.{index}", "mlp", {"expansion_ratio": 3.0}) for index in (1, 3)],
     "grafted_swa": [(f"mixer.{index}", "sliding_window", {"window": 4}) for index in (1, 3)],
@@ -232,12 +233,11 @@ def test_architecture_comes_from_the_shapes(changes):
 
 @pytest.mark.parametrize("dim", [16, 1152])
 def test_any_mlp_width_is_found_again(dim):
+    with torch.device("meta"):
+        weights = DiT(**{**SMALL, "hidden_size": dim, "depth": 1}).state_dict()
     for hidden in range(1, 4 * dim, 7):
-        weights = {"fc1": torch.empty(hidden, dim, device="meta")}
-        with torch.device("meta"):
-            state = DiT(**{**SMALL, "hidden_size": dim, "depth": 1}).state_dict()
-        state["blocks.0.mlp.fc1.weight"] = weights["fc1"]
-        assert int(dim * architecture_of(state, 2)["mlp_ratio"]) == hidden
+        weights["blocks.0.mlp.fc1.weight"] = torch.empty(hidden, dim, device="meta")
+        assert int(dim * architecture_of(weights, 2)["mlp_ratio"]) == hidden
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -443,19 +443,25 @@ def test_diffusers_convention_matches_diffusers_to_rounding(tmp_path, theirs, in
 @torch.no_grad()
 def test_each_of_diffusers_deviations_is_needed(theirs, state_dict, inputs, relative_error):
     x, t, y = inputs
+    # Tokens of low variance, so that the eps shows.
+    weights = dict(state_dict, **{"x_embedder.proj.bias": torch.zeros(16)})
+    weights["pos_embed"] = 0.01 * weights["pos_embed"]
+    theirs = copy.deepcopy(theirs)
+    theirs.load_state_dict(diffusers_names(weights, 3))
+    theirs.pos_embed.pos_embed.mul_(0.01)
     expected = theirs(x, timestep=t, class_labels=y).sample
 
     def error(sinusoid, eps):
         model = DiT(**SMALL, convention="original").eval()
-        model.load_state_dict(state_dict)
+        model.load_state_dict(weights)
         model.t_embedder.convention = sinusoid
         for block in model.blocks:
             block.norm2.eps = eps
         return relative_error(model(x, t, y), expected)
 
     assert error("diffusers", 1e-5) <= 2e-6
-    assert error("original", 1e-5) > 1e-5
-    assert error("diffusers", 1e-6) > 1e-5
+    assert error("original", 1e-5) > 1e-4
+    assert error("diffusers", 1e-6) > 1e-4
 
 
 @pytest.mark.parametrize("options", [{"safe_serialization": False}, {"max_shard_size": "20KB"}])
@@ -591,7 +597,7 @@ def test_a_plain_dit_has_no_entries(tmp_path, state_dict):
 
 
 def grafted(replacements):
-    """A DiT with operators in some slots, and what its plan must be."""
+    """A DiT with operators in some slots."""
     model = small_dit()
     for slot, name, config in replacements:
         kind, index = slot.split(".")
@@ -632,24 +638,20 @@ def test_plans_are_recognised_and_loaded(tmp_path, inputs, replacements):
 def test_mlps_all_replaced_in_a_standard_size_are_grafts():
     depth, width, patch, heads = SIZES["DiT-S/8"]
     with torch.device("meta"):
-        weights = DiT(
-            hidden_size=width, depth=depth, patch_size=patch, num_heads=heads, mlp_ratio=3.0
-        ).state_dict()
-    assert import_plan(weights) == [
-        (f"mlp.{index}", "mlp", {"expansion_ratio": 3.0}) for index in range(depth)
-    ]
+        weights = DiT(hidden_size=width, depth=depth, patch_size=patch, num_heads=heads, mlp_ratio=3.0).state_dict()
+    assert import_plan(weights) == [(f"mlp.{index}", "mlp", {"expansion_ratio": 3.0}) for index in range(depth)]
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda weights: weights.update({"blocks.1.attn.A_log": torch.zeros(2)}), "blocks.1.attn.A_log"),
-        (lambda weights: weights.pop("blocks.1.attn.in_proj.bias"), "blocks.1.attn.in_proj.weight"),
+        (lambda weights: weights.update({"blocks.1.attn.A_log": torch.zeros(2)}), "blocks.1.attn: A_log, in_proj.bias"),
+        (lambda weights: weights.pop("blocks.1.attn.in_proj.bias"), "blocks.1.attn: in_proj.weight"),
         (
             lambda weights: weights.update({"blocks.1.attn.short_filter.weight": torch.zeros(3)}),
-            "blocks.1.attn.",
+            "blocks.1.attn: ",
         ),
-        (lambda weights: weights.update({"blocks.0.mlp.gate.weight": torch.zeros(2, 2)}), "blocks.0.mlp."),
+        (lambda weights: weights.update({"blocks.0.mlp.gate.weight": torch.zeros(2, 2)}), "blocks.0.mlp: fc1.bias"),
     ],
 )
 def test_keys_that_no_operator_explains(tmp_path, change, words):
@@ -663,16 +665,23 @@ def test_keys_that_no_operator_explains(tmp_path, change, words):
     assert str(path) in error_of(lambda: load_grafted(path, 2))
 
 
+def test_every_slot_that_no_operator_explains_is_named(state_dict):
+    weights = {key.replace(".attn.qkv.", ".attn.q_norm."): value for key, value in state_dict.items()}
+    message = error_of(lambda: import_plan(weights, 2))
+    assert "blocks.0.attn: proj.bias, proj.weight, q_norm.bias, q_norm.weight" in message
+    assert "nor those of blocks.1.attn, blocks.2.attn" in message
+
+
 def test_a_slot_without_weights_is_named(state_dict):
     weights = {key: value for key, value in state_dict.items() if not key.startswith("blocks.1.mlp.")}
-    assert "blocks.1.mlp (no weights)" in error_of(lambda: import_plan(weights, 2))
+    assert "the weights of blocks.1.mlp: none" in error_of(lambda: import_plan(weights, 2))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (lambda weights: weights.update({"extra": torch.zeros(2)}), "unexpected extra"),
-        (lambda weights: weights.pop("blocks.0.attn.proj.bias"), "blocks.0.attn."),
+        (lambda weights: weights.pop("blocks.0.attn.proj.bias"), "blocks.0.attn: proj.weight"),
         (lambda weights: weights.update({"blocks.1.attn.in_proj.bias": torch.zeros(2)}), "slot mixer.1"),
         (
             lambda weights: weights.update({"t_embedder.mlp.0.bias": torch.zeros(2)}),

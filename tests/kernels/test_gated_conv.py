@@ -85,9 +85,7 @@ def test_taps_are_those_of_conv1d():
     u, weight, bias, _, _ = random_case((2, 11, 3, 4), True, False)
     conv = torch.nn.functional.conv1d(u.transpose(1, 2), weight, bias, padding=3, groups=9)[..., :11]
     torch.testing.assert_close(causal_taps(u, weight, bias), conv.transpose(1, 2), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(
-        causal_taps(u, weight), causal_taps(u, weight, bias) - bias, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(causal_taps(u, weight), causal_taps(u, weight, bias) - bias, rtol=1e-12, atol=1e-12)
 
 
 def test_later_tokens_do_not_reach_earlier_ones():

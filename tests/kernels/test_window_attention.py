@@ -9,7 +9,7 @@ import torch
 
 from grafting.kernels.window_attention import window_attention
 
-# B, h, N, d, window: one token, window 0, windows around the switch to the masked path at 2w + 1 = N, wider than N.
+# B, h, N, d, window: one token, window 0, windows around the switch to the mask at 2w + 1 = N, wider than N.
 SHAPES = [
     (2, 3, 11, 5, 2),
     (1, 1, 1, 4, 0),
@@ -33,9 +33,7 @@ def slow(q, k, v, window):
         for head in range(q.shape[1]):
             for i in range(tokens):
                 seen = range(max(0, i - window), min(tokens, i + window + 1))
-                scores = [
-                    math.exp(float(q[batch, head, i] @ k[batch, head, j]) / math.sqrt(width)) for j in seen
-                ]
+                scores = [math.exp(float(q[batch, head, i] @ k[batch, head, j]) / math.sqrt(width)) for j in seen]
                 values = [score * v[batch, head, j] for score, j in zip(scores, seen, strict=True)]
                 out[batch, head, i] = torch.stack(values).sum(0) / sum(scores)
     return out
@@ -45,9 +43,7 @@ def slow(q, k, v, window):
 def test_matches_explicit_loops(shape):
     *sizes, window = shape
     q, k, v = random_qkv(*sizes)
-    torch.testing.assert_close(
-        window_attention(q, k, v, window), slow(q, k, v, window), rtol=1e-11, atol=1e-11
-    )
+    torch.testing.assert_close(window_attention(q, k, v, window), slow(q, k, v, window), rtol=1e-11, atol=1e-11)
 
 
 def test_matches_a_full_mask_at_length():

@@ -20,9 +20,7 @@ def test_sliding_window_matches_with_gradients(golden, golden_json, relative_err
         num_heads=config["num_heads"],
         window=config["window_size"][0],
     )
-    operator.load_reference(
-        {k.removeprefix("state_dict."): v for k, v in case.items() if k.startswith("state_dict.")}
-    )
+    operator.load_reference({k.removeprefix("state_dict."): v for k, v in case.items() if k.startswith("state_dict.")})
     x = case["x"].requires_grad_()
     out = operator(x, GRID)
     assert relative_error(out, case["out"]) <= 1e-5
@@ -37,9 +35,7 @@ def test_sliding_window_matches_with_gradients(golden, golden_json, relative_err
 def test_the_window_changes_the_golden_output(golden, relative_error):
     case = golden("swa")
     operator = operators.build("sliding_window", dim=64, num_heads=4, window=3)
-    operator.load_reference(
-        {k.removeprefix("state_dict."): v for k, v in case.items() if k.startswith("state_dict.")}
-    )
+    operator.load_reference({k.removeprefix("state_dict."): v for k, v in case.items() if k.startswith("state_dict.")})
     assert relative_error(operator(case["x"], GRID).detach(), case["out"]) > 1e-2
 
 

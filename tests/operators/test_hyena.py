@@ -50,9 +50,7 @@ def test_a_token_reaches_the_next_taps_only(name, reach):
 @pytest.mark.parametrize("kernel_size", [1, 7])
 def test_kernel_size_sets_every_filter(name, kernel_size):
     operator = build(name, kernel_size=kernel_size)
-    filters = {
-        key: value.shape for key, value in operator.state_dict().items() if key.endswith("filter.weight")
-    }
+    filters = {key: value.shape for key, value in operator.state_dict().items() if key.endswith("filter.weight")}
     assert filters
     assert all(shape[1:] == (1, kernel_size) for shape in filters.values())
     assert operator(torch.randn(2, 4, 6), (2, 2)).shape == (2, 4, 6)

@@ -79,9 +79,7 @@ def test_unknown_config_key_names_the_nearest():
     assert "known: none" in error_of(lambda: operators.build("attention", dim=8, window=4))
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("kernel_size", 0), ("kernel_size", "four"), ("kernel_size", None)]
-)
+@pytest.mark.parametrize(("key", "value"), [("kernel_size", 0), ("kernel_size", "four"), ("kernel_size", None)])
 def test_bad_config_value_names_the_key(key, value):
     message = error_of(lambda: operators.parse_config("hyena_x", {key: value}))
     assert "'hyena_x'" in message
