@@ -196,7 +196,7 @@ def list_images(folder: Path) -> tuple[list[Path], Tensor]:
 
 
 def read_image(path: Path, size: int, channels: int) -> Tensor:
-    """One image as uint8 `[size, size, C]`: halved by box while twice too large, then bicubic, then centre-cropped (ADM)."""
+    """One image as uint8 `[size, size, C]`, resized and centre-cropped as ADM does: box halvings, then bicubic."""
     try:
         image = Image.open(path).convert("L" if channels == 1 else "RGB")
     except (OSError, UnidentifiedImageError, ValueError) as error:

@@ -362,9 +362,8 @@ class _Experiment:
                 values |= measured["host" if stage == "host" else "hybrid"].model_dump()
         self.folder.save_metrics()
         ratio = measured["host"].latency_ms / measured["hybrid"].latency_ms
-        self.say(
-            f"speed: host {measured['host'].latency_ms:.1f} ms, hybrid {measured['hybrid'].latency_ms:.1f} ms ({ratio:.2f}×)"
-        )
+        times = {name: f"{name} {values.latency_ms:.1f} ms" for name, values in measured.items()}
+        self.say(f"speed: {', '.join(times.values())} ({ratio:.2f}×)")
 
     def account_training(self, hybrid: Host) -> None:
         """Training cost of both stages, as floating-point operations and as a share of the host's pretraining.
