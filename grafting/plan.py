@@ -150,7 +150,8 @@ def _parse_group(raw: Mapping[str, Any]) -> GraftGroup:
 
 def describe_validation_error(error: ValidationError, prefix: str, model: type[BaseModel]) -> UserError:
     """The first problem of a pydantic error as one line with the key's path and the nearest known key."""
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])  # a misspelt key explains the rest
     path = [part for part in first["loc"] if not (isinstance(part, str) and part.startswith("function-"))]
     where = ".".join(str(part) for part in ([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -74,19 +76,17 @@ configs = st.dictionaries(
     st.lists(st.text(max_size=20) | st.builds("{}.{}={}".format, keys, keys, st.text(max_size=6)), max_size=2),
 )
 def test_random_configs_never_give_a_traceback(config, overrides):
+    message = "one line"
     try:
-        parsed = parse_config(yaml.safe_dump(config), overrides)
+        parse_config(yaml.safe_dump(config), overrides)
     except UserError as error:
-        assert str(error)
-        assert "\n" not in str(error).strip()
-    else:
-        assert isinstance(parsed, ExperimentConfig)
+        message = str(error).strip()
+    assert message
+    assert "\n" not in message
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=80))
 def test_random_text_never_gives_a_traceback(text):
-    try:
+    with contextlib.suppress(UserError):
         parse_config(text)
-    except UserError:
-        pass
