@@ -24,6 +24,13 @@ def scores(metrics):
     return {stage: {key: values[key] for key in kept if key in values} for stage, values in metrics["stages"].items()}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "DENOISING_REPEATS", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return run(QUICKSTART, [*TOY, f"output={tmp_path_factory.mktemp('run') / 'whole'}"])
