@@ -137,7 +137,7 @@ def sample(
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     guidance: Annotated[float | None, typer.Option(help="Guidance scale.")] = None,
     guidance_channels: Annotated[str | None, typer.Option(help="Latent channels that are guided, or 'all'.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="ancestral or ddim.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="ancestral, ddim or dpm_solver.")] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on the seed and i alone.")] = 0,
     operators_files: OperatorFiles = None,
     vae: Vae = None,

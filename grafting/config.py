@@ -18,6 +18,7 @@ from grafting.plan import GraftGroup, describe_validation_error
 
 Precision = Literal["no", "bf16", "fp16"]
 Schedule = Literal["constant", "linear", "cosine"]
+Sampler = Literal["ancestral", "ddim", "dpm_solver"]
 
 
 class _Section(BaseModel):
@@ -83,7 +84,7 @@ class SampleConfig(_Section):
 
     n: int = Field(1000, ge=1)
     steps: int | None = Field(None, ge=1, le=1000)
-    sampler: Literal["ancestral", "ddim"] | None = None
+    sampler: Sampler | None = None
     guidance: float | None = Field(None, ge=0)
     guidance_channels: int | Literal["all"] | None = None
     batch_size: int = Field(128, ge=1)

@@ -1,9 +1,9 @@
 """The noise process DiT was trained with.
 
 Linear betas over 1000 steps, epsilon prediction, learned-range variance and the hybrid loss of improved
-diffusion (Ho et al. 2020; Nichol & Dhariwal 2021; Peebles & Xie 2023), with respaced ancestral sampling and
-DDIM (Song et al. 2021). Latents are `[B, C, H, W]`; a learned-range model returns `[B, 2C, H, W]`: epsilon,
-then the values that interpolate the log variance.
+diffusion (Ho et al. 2020; Nichol & Dhariwal 2021; Peebles & Xie 2023), with respaced ancestral sampling, DDIM
+(Song et al. 2021) and DPM-Solver++ (Lu et al. 2022). Latents are `[B, C, H, W]`; a learned-range model returns
+`[B, 2C, H, W]`: epsilon, then the values that interpolate the log variance.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class DiffusionProcess:
 
     def __init__(self, steps: int = 1000, respacing: int | str | None = None) -> None:
         scale = 1000 / steps
-        full = np.cumprod(1.0 - np.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=np.float64))
+        self.full_betas = np.linspace(scale * 1e-4, scale * 2e-2, steps, dtype=np.float64)
+        full = np.cumprod(1.0 - self.full_betas)
         self.timesteps = respaced_timesteps(steps, respacing)
         alphas_cumprod = full[self.timesteps]
         previous = np.append(1.0, alphas_cumprod[:-1])
@@ -179,6 +180,28 @@ class DiffusionProcess:
     def ddim(self, model_fn: ModelFn, z: Tensor, eta: float = 0.0, noises: Iterable[Tensor] | None = None) -> Tensor:
         """Sample down the whole chain from `z` by DDIM (Song et al., equation 12)."""
         return _last(self.trajectory(model_fn, z, noises, ddim=True, eta=eta), z)
+
+    @torch.no_grad()
+    def dpm_solver(self, model_fn: ModelFn, z: Tensor) -> Tensor:
+        """Sample from `z` by DPM-Solver++ (2M) in as many model calls as this chain has steps.
+
+        Second order, so that 10 steps do what DDIM needs more than 20 for. The solver spaces its own timesteps:
+        uniformly from the last of the full chain, none at 0.
+        """
+        from diffusers import DPMSolverMultistepScheduler
+
+        scheduler = DPMSolverMultistepScheduler(
+            num_train_timesteps=len(self.full_betas),
+            trained_betas=self.full_betas,
+            algorithm_type="dpmsolver++",
+            solver_order=2,
+            final_sigmas_type="zero",
+        )
+        scheduler.set_timesteps(len(self))
+        for t in scheduler.timesteps.tolist():
+            output = model_fn(z, torch.full((z.shape[0],), t, device=z.device, dtype=torch.long))
+            z = scheduler.step(output.float()[:, : z.shape[1]], t, z).prev_sample
+        return z
 
 
 def _last(states: Iterator[Tensor], z: Tensor) -> Tensor:

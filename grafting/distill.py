@@ -95,7 +95,6 @@ class SlotTrainer:
     def _train(self, x: Tensor, y: Tensor, grid: Grid) -> None:
         with torch.enable_grad(), self._autocast():
             loss = self.loss(self.operator(x, grid), y)
-        self.optimizer.zero_grad(set_to_none=True)
         self._scaler.scale(loss).backward()
         self._scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.operator.parameters(), self.config.clip)
@@ -107,12 +106,14 @@ class SlotTrainer:
             group["lr"] = self.config.lr * self.config.rate(self.step)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)  # now, so that only one slot's gradients are ever alive
         self.step += 1
         self.loss_sum += loss.detach()
         self.loss_count += 1
 
     def _stop(self, reason: str) -> None:
         self.operator.load_state_dict(self._good)
+        self.optimizer.zero_grad(set_to_none=True)
         self.stopped = f"{reason} at step {self.step + 1}; kept the last good weights. Lower distill.lr"
         self._ring.clear()
 
@@ -232,8 +233,6 @@ def distill(
     result.relative_error = measure(done)
     result.seconds = time.perf_counter() - started
     hybrid.model.eval()
-    for trainer in trainers.values():
-        trainer.optimizer.zero_grad(set_to_none=True)
     return result
 
 

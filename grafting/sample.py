@@ -7,12 +7,13 @@ nothing but rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from grafting.config import Precision
+from grafting.config import Precision, Sampler
 from grafting.diffusion import DiffusionProcess
 from grafting.errors import UserError
 from grafting.hosts.base import Host
@@ -82,8 +83,8 @@ def sample_latents(
     channels = card.guidance_channels if guidance_channels is None else guidance_channels
     kept = None if channels is None or channels == "all" else int(channels)
     sampler = sampler or card.sampler
-    if sampler not in ("ancestral", "ddim"):
-        raise UserError(f"sample.sampler: {sampler!r} is not known; use ancestral or ddim")
+    if sampler not in get_args(Sampler):
+        raise UserError(f"sample.sampler: {sampler!r} is not known; use {', '.join(get_args(Sampler))}")
     process = DiffusionProcess(len(hybrid.process), steps or card.sampling_steps)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     device = hybrid.device
@@ -100,7 +101,9 @@ def sample_latents(
                     return hybrid.guided(z, t, y, scale, kept)
 
             z = next(noises)
-            if sampler == "ddim":
+            if sampler == "dpm_solver":
+                out.append(process.dpm_solver(predict, z).cpu())
+            elif sampler == "ddim":
                 out.append(process.ddim(predict, z).cpu())
             else:
                 out.append(process.ancestral(predict, z, noises).cpu())

@@ -30,7 +30,11 @@ def test_images_are_uint8_on_the_requested_class(tiny_host):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [({"condition": 10}, "0 to 9"), ({"condition": [1, 2]}, "2 classes"), ({"sampler": "euler"}, "not known")],
+    [
+        ({"condition": 10}, "0 to 9"),
+        ({"condition": [1, 2]}, "2 classes"),
+        ({"sampler": "euler"}, "use ancestral, ddim, dpm_solver"),
+    ],
 )
 def test_misuse_is_an_error(tiny_host, arguments, words):
     with pytest.raises(UserError, match=words):

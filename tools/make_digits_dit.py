@@ -33,8 +33,8 @@ HELD_OUT_PER_CLASS = 100
 OUT = Path(__file__).parent.parent / "grafting" / "hosts" / "embedded" / "digits_dit"
 LOG = Path(__file__).with_name("make_digits_dit.log.jsonl")
 
-CLASSIFIER = {"steps": 1200, "batch": 128, "lr": 2e-3}
-VAE = {"steps": 1800, "batch": 64, "lr": 2e-3, "kl": 1e-3}
+CLASSIFIER: dict[str, Any] = {"cycles": [{"steps": 1200, "lr": 2e-3, "decay_from": 0.1}], "batch": 128}
+VAE: dict[str, Any] = {"cycles": [{"steps": 1800, "lr": 2e-3, "decay_from": 0.1}], "batch": 64, "kl": 1e-3}
 VAE_CONFIG: dict[str, Any] = {
     "in_channels": 1,
     "out_channels": 1,
@@ -55,7 +55,15 @@ DIT_CONFIG: dict[str, Any] = {
     "num_heads": 4,
     "num_classes": 10,
 }
-DIT = {"steps": 12_500, "batch": 64, "lr": 2e-3, "decay_from": 0.4, "ema_decay": 0.9995}
+# Two learning-rate cycles: the second was added when the first had not brought FID near the VAE's own.
+DIT: dict[str, Any] = {
+    "cycles": [
+        {"steps": 12_500, "lr": 2e-3, "decay_from": 0.4},
+        {"steps": 12_500, "lr": 1.2e-3, "decay_from": 0.1},
+    ],
+    "batch": 64,
+    "ema_decay": 0.9995,
+}
 
 
 def log(**record: Any) -> None:
@@ -118,10 +126,9 @@ class Trainer:
     ) -> None:
         self.name, self.path, self.settings = name, work / f"{name}.pt", settings
         self.module, self.ema = module, ema
-        self.optimizer = torch.optim.AdamW(
-            module.parameters(), lr=settings["lr"], weight_decay=0.0, betas=(0.9, 0.99), foreach=True
-        )
+        self.optimizer = torch.optim.AdamW(module.parameters(), weight_decay=0.0, betas=(0.9, 0.99), foreach=True)
         self.step, self.seconds = 0, 0.0
+        self.steps = sum(cycle["steps"] for cycle in settings["cycles"])
         if self.path.exists():
             state = torch.load(self.path, weights_only=True)
             module.load_state_dict(state["module"])
@@ -143,16 +150,21 @@ class Trainer:
         self.path.with_suffix(".tmp").replace(self.path)
 
     def rate(self) -> float:
-        """Learning-rate factor: linear warm-up, constant, then linear decay to zero."""
-        done, start = self.step / self.settings["steps"], self.settings.get("decay_from", 0.1)
-        return min(1.0, (self.step + 1) / 100, max(0.0, (1 - done) / (1 - start)))
+        """Learning rate of this step: in every cycle linear warm-up, constant, then linear decay to zero."""
+        step = self.step
+        for cycle in self.settings["cycles"]:
+            if step < cycle["steps"]:
+                break
+            step -= cycle["steps"]
+        left = (1 - step / cycle["steps"]) / (1 - cycle["decay_from"])
+        return cycle["lr"] * min(1.0, (step + 1) / 100, left)
 
     def run(self, loss_of_step: Any, every: int) -> None:
         """Train to the end; `loss_of_step(step, generator) -> scalar loss`."""
         started, losses = time.perf_counter(), []
-        while self.step < self.settings["steps"]:
+        while self.step < self.steps:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.settings["lr"] * self.rate()
+                group["lr"] = self.rate()
             loss = loss_of_step(self.step, generator(SEED, self.name, self.step))
             self.optimizer.zero_grad()
             loss.backward()
@@ -165,7 +177,7 @@ class Trainer:
                 pairs = list(zip(self.ema.parameters(), self.module.parameters(), strict=True))
                 torch._foreach_lerp_([a.data for a, _ in pairs], [b.data for _, b in pairs], 1 - decay)
             losses.append(loss.item())
-            if self.step % every == 0 or self.step == self.settings["steps"]:
+            if self.step % every == 0 or self.step == self.steps:
                 self.seconds += time.perf_counter() - started
                 started = time.perf_counter()
                 log(
@@ -272,7 +284,7 @@ def make_dit(work: Path, vae: AutoencoderKL, images: Tensor, labels: Tensor) -> 
     trainer.run(loss, 250)
     save_file(half(ema.state_dict()), path)
     (OUT / "dit.json").write_text(json.dumps(DIT_CONFIG, indent=2) + "\n")
-    samples = int(DIT["steps"]) * batch
+    samples = trainer.steps * batch
     log(
         part="dit",
         samples=samples,

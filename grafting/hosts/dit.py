@@ -30,6 +30,9 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     )
     for patch in (2, 4, 8)
 }
+# Of every published DiT; shapes do not tell the dropout.
+PUBLISHED_MLP_RATIO = 4.0
+PUBLISHED_CLASS_DROPOUT = 0.1
 
 
 class TimestepEmbedder(nn.Module):

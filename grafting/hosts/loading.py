@@ -13,7 +13,8 @@ from grafting.hosts import embedded
 from grafting.hosts.base import Host, HostCard, SlotEntry
 from grafting.hosts.codec import Codec
 from grafting.hosts.dit import SIZES, Convention, DiT, DiTHost
-from grafting.hosts.dit_weights import load_dit, load_grafted
+from grafting.hosts.dit_grafted import load_grafted
+from grafting.hosts.dit_weights import load_dit
 from grafting.surgery import GRAFT_FILE, load_saved_host, load_weights
 
 # Training steps at batch 256 of the published DiT-XL/2 by latent size (Peebles & Xie, section 5).

@@ -17,14 +17,10 @@ from safetensors.torch import load_file, save_file
 from grafting import operators
 from grafting.errors import UserError
 from grafting.hosts.dit import SIZES, DiT
-from grafting.hosts.dit_weights import (
-    architecture_of,
-    from_diffusers,
-    import_plan,
-    load_dit,
-    load_grafted,
-    read_state_dict,
-)
+from grafting.hosts.dit_diffusers import from_diffusers
+from grafting.hosts.dit_grafted import import_plan, load_grafted
+from grafting.hosts.dit_weights import architecture_of, load_dit
+from grafting.hosts.state_dicts import read_state_dict
 
 SMALL = {
     "input_size": 8,
