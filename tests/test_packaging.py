@@ -67,3 +67,20 @@ def test_every_listed_package_imports_from_this_checkout(setuptools_table):
         assert origin is not None
         if "site-packages" not in origin:  # an editable install, as in development
             assert Path(origin).resolve().is_relative_to(ROOT)
+
+
+def test_every_data_file_is_shipped(setuptools_table):
+    shipped = {
+        file
+        for package, patterns in setuptools_table["package-data"].items()
+        for pattern in patterns
+        for file in (ROOT / folder_of(package, setuptools_table["package-dir"])).glob(pattern)
+        if file.is_file()
+    }
+    on_disk = {
+        file
+        for house in HOUSES
+        for file in (ROOT / house).rglob("*")
+        if file.is_file() and file.suffix not in (".py", ".pyc")
+    }
+    assert shipped == on_disk
