@@ -4,9 +4,9 @@
     python benchmarks/results.py measure --threads 1 --part 1/2 &
     wait; python benchmarks/results.py report
 
-`measure` goes through the cells below, writes each to runs/results/<cell>.json when it is done and skips those
-that are there, so that it continues where it was cut off. `report` collects them into benchmarks/results.json,
-docs/images/budget.svg and the tables of docs/results.md.
+`measure` goes through the cells below, writes each to benchmarks/results/<cell>.json when it is done and skips those
+that are there, so that it continues where it was cut off; delete them to measure anew. `report` makes
+docs/images/budget.svg and the tables of docs/results.md from them.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def measure(arguments: argparse.Namespace) -> None:
 Rows = dict[tuple[str, float, str], dict[int, dict[str, Any]]]
 
 
-def collect(folder: Path) -> tuple[Rows, list[dict[str, Any]]]:
+def collect(folder: Path) -> Rows:
     """Stage values by (arm, budget, stage) and seed."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     if not found:
@@ -187,7 +187,7 @@ def collect(folder: Path) -> tuple[Rows, list[dict[str, Any]]]:
     for cell in found:
         for stage, values in cell["stages"].items():
             rows[cell["arm"], cell["budget"], stage][cell["seed"]] = values
-    return rows, found
+    return rows
 
 
 def mean_and_interval(values: list[float], digits: int) -> str:
@@ -284,10 +284,9 @@ def plot(rows: Rows, path: Path) -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    rows, found = collect(arguments.folder)
+    rows = collect(arguments.folder)
     text = table(rows)
     print(text)
-    write_json(Path(__file__).with_suffix(".json"), {"command": "python benchmarks/results.py report", "cells": found})
     plot(rows, ROOT / "docs" / "images" / "budget.svg")
     page = ROOT / "docs" / "results.md"
     before, start, rest = page.read_text().partition("<!-- measured -->\n")
@@ -300,7 +299,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/results"))
+    parser.add_argument("--folder", type=Path, default=Path(__file__).with_suffix(""))
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("measure")
     one.add_argument("--n", type=int, default=4000, help="images per score")

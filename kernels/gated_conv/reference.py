@@ -5,6 +5,7 @@ Legend: B batch, N tokens, D width, W taps.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,14 +17,13 @@ def causal_taps(u: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     position), `bias [channels]`; returns `[B, N, channels]`. Positions before the first count as zero.
     """
     width = weight.shape[-1]
-    # W shifted multiply-adds over the channels-last layout: on CPU several times faster than grouped conv1d.
+    # W shifted multiply-adds over the channels-last layout: on CPU faster than grouped conv1d.
     padded = F.pad(u, (0, 0, width - 1, 0))
-    taps = weight.squeeze(1)
-    y = padded[:, width - 1 :] * taps[:, width - 1]
-    if bias is not None:
-        y = bias + y
+    taps = weight.squeeze(1).t()
+    last = padded[:, width - 1 :]
+    y = last * taps[width - 1] if bias is None else torch.addcmul(bias, last, taps[width - 1])
     for j in range(width - 1):
-        y = y + padded[:, j : j + u.shape[1]] * taps[:, j]
+        y = torch.addcmul(y, padded[:, j : j + u.shape[1]], taps[j])
     return y
 
 
