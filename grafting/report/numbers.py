@@ -56,11 +56,11 @@ def as_ratio(value: float | None, host: float | None) -> str | None:
 def as_interval(bounds: tuple[float, float] | None, *, signed: bool = False) -> str | None:
     if bounds is None:
         return None
-    low, high = (signed(bound) if signed else significant(bound) for bound in bounds)
+    low, high = (with_sign(bound) if signed else significant(bound) for bound in bounds)
     return f"{low} to {high}" if signed or bounds[0] < 0 else f"{low}–{high}"
 
 
-def signed(value: float) -> str:
+def with_sign(value: float) -> str:
     return ("+" if value > 0 else "") + significant(value)
 
 

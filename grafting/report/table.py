@@ -17,9 +17,9 @@ from grafting.report.numbers import (
     gap_closed,
     milliseconds,
     percent,
-    signed,
     significant,
     with_prefix,
+    with_sign,
 )
 
 Group = Literal["Quality", "Against host", "Cost"]
@@ -114,7 +114,7 @@ def _cells(
         cell(stage.fid, significant, as_interval(stage.fid_interval)),
         cell(stage.denoising_loss, significant, as_interval(stage.denoising_loss_interval)),
         cell(stage.class_agreement, percent),
-        cell(change, signed, as_interval(stage.denoising_loss_change_interval, signed=True)),
+        cell(change, with_sign, as_interval(stage.denoising_loss_change_interval, signed=True)),
         cell(fid_gap, percent),
         cell(loss_gap, percent),
         cell(stage.latency_ms, milliseconds, against_host),
