@@ -17,7 +17,7 @@ def run_folder(path, **metrics):
 STAGES = {
     "host": {"fid": 10.0, "denoising_loss": 0.1},
     "fresh": {"fid": 110.0, "denoising_loss": 0.3},
-    "finetuned": {"fid": 15.0, "denoising_loss": 0.15},
+    "finetuned": {"fid": 15.0, "denoising_loss": 0.15, "denoising_loss_change_interval": [-0.002, 0.0523]},
 }
 
 
@@ -26,6 +26,7 @@ def test_the_closed_gap_is_in_the_table_and_nothing_is_fetched(tmp_path):
     text = re.sub(r"<[^>]+>", " ", html)
     assert re.search(r"\b95(\.0)?\s?%", text)  # (110 − 15) / (110 − 10)
     assert re.search(r"\b75(\.0)?\s?%", text)  # (0.3 − 0.15) / (0.3 − 0.1)
+    assert re.search(r"[−-]0\.002(00)? to \+0\.0523", text)
     assert not re.search(r"""(src|href)=["'](https?:)?//""", html)
     assert "<script>alert(1)" not in html
 
