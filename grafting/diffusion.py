@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -190,7 +191,7 @@ class DiffusionProcess:
         """
         from diffusers import DPMSolverMultistepScheduler
 
-        scheduler = DPMSolverMultistepScheduler(
+        scheduler: Any = DPMSolverMultistepScheduler(
             num_train_timesteps=len(self.full_betas),
             trained_betas=self.full_betas,
             algorithm_type="dpmsolver++",

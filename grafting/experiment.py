@@ -13,6 +13,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from grafting.report import write_report
 from grafting.sample import balanced_labels, sample
 from grafting.surgery import graft, load_saved_host
 
-DENOISING_REPEATS = 4
+DENOISING_REPEATS = 2
 SPEED_BATCH = 32
 
 
@@ -160,6 +161,7 @@ class _Experiment:
         self.metrics["seed"] = config.seed
         self.metrics["environment"] = environment()
         self.metrics["plan"] = {slot: entry.operator for slot, entry in plan}
+        self.metrics["slots"] = Counter(slot.kind for slot in host.slots.values())
         self.metrics.setdefault(
             "command", shlex.join(["graft", *sys.argv[1:]]) if sys.argv[0].endswith("graft") else ""
         )

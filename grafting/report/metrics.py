@@ -27,16 +27,34 @@ class StageMetrics(BaseModel):
     fid_n: int | None = None
     fid_extractor: str | None = None
     fid_real: float | None = None
+    fid_real_interval: tuple[float, float] | None = None
     fid_reconstruction: float | None = None
+    fid_reconstruction_interval: tuple[float, float] | None = None
     denoising_loss: float | None = None
     denoising_loss_interval: tuple[float, float] | None = None
     denoising_loss_change_interval: tuple[float, float] | None = None
     class_agreement: float | None = None
+    class_agreement_real: float | None = None
+    class_agreement_reconstruction: float | None = None
     latency_ms: float | None = None
     images_per_second: float | None = None
     parameters: float | None = None
     flops: float | None = None
     peak_memory_bytes: float | None = None
+
+    def of_real(self) -> StageMetrics:
+        """The floor that real held-out images set."""
+        return StageMetrics(
+            fid=self.fid_real, fid_interval=self.fid_real_interval, class_agreement=self.class_agreement_real
+        )
+
+    def of_reconstruction(self) -> StageMetrics:
+        """The floor that the codec's reconstructions of them set."""
+        return StageMetrics(
+            fid=self.fid_reconstruction,
+            fid_interval=self.fid_reconstruction_interval,
+            class_agreement=self.class_agreement_reconstruction,
+        )
 
 
 class Training(BaseModel):

@@ -82,8 +82,8 @@ def build_summary(metrics: Metrics) -> Summary:
     """The rows and columns that both the page and the terminal show."""
     floor, host, fresh = (metrics.stage(name) for name in ("floor", "host", "fresh"))
     rows = [
-        Row("floor: real held-out", "floor", _cells(StageMetrics(fid=floor.fid_real), host)),
-        Row("floor: VAE reconstructions", "floor", _cells(StageMetrics(fid=floor.fid_reconstruction), host)),
+        Row("floor: real held-out", "floor", _cells(floor.of_real(), host)),
+        Row("floor: VAE reconstructions", "floor", _cells(floor.of_reconstruction(), host)),
     ]
     for name in STAGES:
         compared = fresh if name in ("distilled", "finetuned") else None
