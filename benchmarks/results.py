@@ -211,7 +211,7 @@ LABELS = {
 
 
 def table(rows: Rows) -> str:
-    host, fresh = rows["host", 0.0, "host"], rows["hyena_x", 0.0, "fresh"]
+    host, fresh = rows.get(("host", 0.0, "host"), {}), rows.get(("hyena_x", 0.0, "fresh"), {})
     lines = [
         "| model | budget | seeds | FID | × host | denoising loss | change against host | class agreement |",
         "|---|---|---|---|---|---|---|---|",
@@ -226,10 +226,11 @@ def table(rows: Rows) -> str:
             return [found[seed][key] for seed in seeds]
 
         ratios = [found[seed]["fid"] / host[seed]["fid"] for seed in seeds if seed in host]
+        against_host = mean_and_interval(ratios, 2) if ratios else "–"
         spent = "0" if budget == 0 else f"{found[seeds[0]]['samples']:,} ({budget:.0%})"
         lines.append(
             f"| {LABELS[arm, stage]} | {spent} | {len(seeds)} | {mean_and_interval(column('fid'), 2)}"
-            f" | {mean_and_interval(ratios, 2)} | {mean_and_interval(column('denoising_loss'), 4)}"
+            f" | {against_host} | {mean_and_interval(column('denoising_loss'), 4)}"
             f" | {mean_and_interval([1000 * v for v in column('denoising_loss_change')], 2)} × 10⁻³"
             f" | {statistics.fmean(column('class_agreement')):.1%} |"
         )
@@ -255,7 +256,7 @@ def plot(rows: Rows, path: Path) -> None:
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    host = rows["host", 0.0, "host"]
+    host = rows.get(("host", 0.0, "host"), {})
     figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
     for axis, metric, name in zip(axes, ("fid", "denoising_loss"), ("FID", "denoising loss"), strict=True):
         means = []
@@ -265,7 +266,8 @@ def plot(rows: Rows, path: Path) -> None:
             axis.plot([100 * budget] * len(ratios), ratios, "o", color="#2f6f9f", alpha=0.5)
             if ratios:
                 means.append((100 * budget, statistics.fmean(ratios)))
-        axis.plot(*zip(*means, strict=True), color="#2f6f9f", label="Hyena-X in half of the mixers")
+        if means:
+            axis.plot(*zip(*means, strict=True), color="#2f6f9f", label="Hyena-X in half of the mixers")
         for arm, marker, label in (("self_graft", "s", "self-graft"), ("host", "^", "host, finetuned")):
             found = rows.get((arm, max(BUDGETS), "finetuned"), {})
             ratios = [values[metric] / host[seed][metric] for seed, values in sorted(found.items()) if seed in host]
